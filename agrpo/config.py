@@ -1,0 +1,421 @@
+"""Configuration: the one place where YAML and command line become objects.
+
+Typed, bounded, read-only, free of heavy imports: a wrong configuration is refused before torch is loaded. Every section is
+a frozen pydantic model; unknown keys are errors that name the nearest known one. `docs/configuration.md` explains the keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from agrpo.algorithms.controllers import check_beta_gain
+from agrpo.yaml_input import ConfigError, explain, merge, read_yaml, set_path, to_yaml
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "quickstart"
+    dir: Path = Path("runs")
+
+
+class LoraConfig(Section):
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Fraction = 0.0
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class TokenizerConfig(Section):
+    """A tokenizer trained on the stage's own data, for models made from a configuration alone."""
+
+    kind: Literal["characters", "bpe"] = "bpe"
+    vocab_size: Annotated[int, Field(ge=64)] = 4096  # bpe only: characters takes every character of the data
+    added_tokens: list[str] = []  # whole strings that become one token, such as "<think>"
+
+
+class ModelConfig(Section):
+    """Exactly one of name_or_path, gguf and config; none of them means the previous stage's model."""
+
+    name_or_path: str | None = None
+    gguf: str | None = None  # package:FILE inside an installed package, or a path
+    config: dict[str, Any] | None = None  # an architecture (model_type, hidden_size, …), initialised at random
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; the master weights are float32
+    chat_template: Path | None = None
+    lora: LoraConfig | None = None
+    trainable_layers: Count | None = None  # train only the last so many layers and the final norm
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [key for key in ("name_or_path", "gguf", "config") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given together: keep one of them")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs model_type, for example model_type: qwen2")
+        if self.lora and self.trainable_layers:
+            raise ValueError("lora and trainable_layers exclude each other: keep one of them")
+        return self
+
+
+class DataConfig(Section):
+    source: str | None = None  # Hub id | reasoning_gym:<task> | python:<module>:<function>
+    path: Path | None = None  # a local .json, .jsonl, .csv or .parquet, also .gz
+    split: str = "train"
+    revision: str | None = None
+    parameters: dict[str, Any] = {}  # of a procedural source
+    columns: dict[str, str] = {}  # our name: the data's name
+    on_bad_row: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.source is None) == (self.path is None):
+            raise ValueError("give exactly one of source (a Hub id or a task) and path (a local file)")
+        if self.path is not None and not self.path.exists():
+            raise ValueError(f"path: {self.path} does not exist")
+        return self
+
+
+class TrainingConfig(Section):
+    max_steps: Count
+    batch_size: Count = 32  # demonstrations or preference groups a step; stage 3 counts sampling.prompts_per_step
+    learning_rate: Positive = 1e-5
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    min_lr_ratio: Fraction = 0.1  # the schedule ends at this share of the learning rate
+    warmup_ratio: Fraction = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    micro_batch_tokens: Count = 16384
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # global norm; 0 turns it off
+
+
+class SamplingConfig(Section):
+    num_generations: Annotated[int, Field(ge=1)] = 8
+    prompts_per_step: Count = 8
+    max_prompt_length: Count = 512
+    max_completion_length: Count = 512
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class GroupLossConfig(Section):
+    """The confidence-weighted group preference loss, in the reward stage and, weighted by λ, in the policy stage."""
+
+    implicit_reward: Literal["sum", "mean"] = "mean"
+    alpha: Positive = 1.0  # scale of the implicit reward
+    pair_weighting: Literal["confidence", "hierarchical", "uniform"] = "confidence"
+
+
+class ObjectiveConfig(Section):
+    kl: Literal["none", "reverse", "forward", "symmetric"] = "symmetric"
+    beta: Annotated[float, Field(ge=0)] = 0.04
+    epsilon_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    epsilon_high: Positive = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    group_loss: GroupLossConfig = GroupLossConfig()
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    ratio: Literal["token", "sequence", "trajectory"] = "token"
+    updates_per_rollout: Count = 2
+
+
+class BetaController(Section):
+    kind: Literal["fixed", "adaptive"] = "adaptive"
+    target: Positive = 0.05  # symmetric KL, nats a token
+    gain: Positive = 0.02
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    bounds: tuple[Positive, Positive] = (1e-4, 1.0)
+
+
+class EpsilonController(Section):
+    kind: Literal["fixed", "adaptive"] = "adaptive"
+    target: Positive | None = None  # KL(π_old‖π) after an update, nats a token; default ε²/8
+    gain: Positive = 0.02
+    bounds: tuple[Positive, Positive] = (0.1, 0.5)
+
+
+class LambdaController(Section):
+    kind: Literal["fixed", "adaptive"] = "adaptive"
+    value: Fraction = 0.05  # where it starts, or stays when fixed
+    target: Fraction = 0.9  # τ, the uncertainty that λ is driven to
+    gain: Positive = 0.02
+    bounds: tuple[Fraction, Fraction] = (0.05, 0.9)
+
+
+class ControllersConfig(Section):
+    beta: BetaController = BetaController()
+    epsilon: EpsilonController = EpsilonController()
+    lambda_: LambdaController = Field(LambdaController(), alias="lambda")
+
+    @model_validator(mode="after")
+    def _stable(self) -> Self:
+        if self.beta.kind == "adaptive":
+            check_beta_gain(self.beta.gain, self.beta.decay)
+        for name, one in (("beta", self.beta), ("epsilon", self.epsilon), ("lambda", self.lambda_)):
+            low, high = one.bounds
+            if low > high:
+                raise ValueError(f"{name}.bounds: {low} > {high}; write the lower bound first")
+        return self
+
+
+class AdvantageConfig(Section):
+    kind: Literal["group", "none", "batch", "weighted"] = "weighted"
+    std_ddof: Literal[0, 1] = 0
+    delta: Positive = 1e-4
+    kappa: Annotated[float, Field(ge=0)] = 4.0  # weighted: how many completions the batch's variance is worth
+
+
+class PruningConfig(Section):
+    rate: Annotated[float, Field(ge=0, lt=1)] = 0.0  # CPPO: the share of each group that is dropped
+
+
+class RewardSpec(BaseModel):
+    """A reward by import path. Keys beyond these are parameters of the reward itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    target: str
+    weight: float = 1.0
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name or self.target.replace(":", ".").rsplit(".", 1)[-1]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _importable(self) -> Self:
+        package = self.target.replace(":", ".").split(".")[0]
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"target: no module {package!r} can be found for {self.target!r}; is its folder on PYTHONPATH?")
+        return self
+
+
+class RolloutConfig(Section):
+    backend: Literal["native"] = "native"
+    max_sequences: Count = 256  # completions that decode together
+
+
+class EngineConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "cpu"] = "none"  # where the optimiser's state lives
+    activation_checkpointing: bool = False
+
+
+class CheckpointConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 0  # steps; 0 keeps only the finished model
+    keep: Count = 2
+    resume: bool = True  # continue from the newest whole checkpoint of this run
+
+
+class EvaluationConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 0  # steps between evaluations on `data`; 0: none before the end
+    data: DataConfig | None = None  # validation: watched while it runs
+    test: DataConfig | None = None  # measured once, at the end
+    samples: Count = 8  # completions a prompt for pass@1 and pass@k
+    temperature: Positive = 1.0
+    max_completion_length: Count = 512
+    rewards: list[RewardSpec] = []  # a completion passes when their weighted sum reaches pass_at
+    pass_at: float = 1.0
+
+
+class LoggingConfig(Section):
+    samples_per_step: Annotated[int, Field(ge=0)] = 2
+    console: bool = True
+
+
+class StageConfig(Section):
+    """What every stage has."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    training: TrainingConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def run_root(self) -> Path:
+        return self.run.dir / self.run.name
+
+    @model_validator(mode="after")
+    def _precision(self) -> Self:
+        if self.model.dtype == "bfloat16" and self.engine.zero_stage == 0:
+            raise ValueError("model.dtype: bfloat16 keeps its float32 master weights in ZeRO: set engine.zero_stage to 1, 2 or 3")
+        if self.engine.offload == "cpu" and self.engine.zero_stage == 0:
+            raise ValueError("engine.offload: cpu needs engine.zero_stage 1, 2 or 3")
+        if self.training.batch_size < world_size():
+            raise ValueError(f"training.batch_size: {self.training.batch_size} is smaller than the {world_size()} processes")
+        return self
+
+
+class SFTConfig(StageConfig):
+    """Stage 1: supervised fine-tuning."""
+
+    max_length: Count = 2048  # tokens of prompt and completion; longer demonstrations are left out and counted
+
+    @model_validator(mode="after")
+    def _has_model(self) -> Self:
+        if self.model.name_or_path is None and self.model.gguf is None and self.model.config is None:
+            raise ValueError("model: stage 1 starts the pipeline: give one of name_or_path, gguf and config")
+        return self
+
+
+class RewardConfig(StageConfig):
+    """Stage 2: a reward model from preference groups."""
+
+    max_length: Count = 2048
+    objective: GroupLossConfig = GroupLossConfig()
+    margin: Annotated[float, Field(ge=0)] = 0.0  # of score, asked of every pair
+    centring: Annotated[float, Field(ge=0)] = 0.0  # weight of (s_i + s_j)², which keeps scores around 0
+    lambda_: LambdaController = Field(LambdaController(value=0.9, target=0.3), alias="lambda")
+
+
+class PolicyConfig(StageConfig):
+    """Stage 3: policy optimisation."""
+
+    method: Literal["agrpo", "grpo", "dr_grpo"] = "agrpo"
+    sampling: SamplingConfig = SamplingConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    controllers: ControllersConfig = ControllersConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    pruning: PruningConfig = PruningConfig()
+    rewards: Annotated[list[RewardSpec], Field(min_length=1)]
+    rollout: RolloutConfig = RolloutConfig()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Is anything in the objective measured against the frozen reference?"""
+        adaptive = self.controllers.beta.kind == "adaptive"
+        penalised = self.objective.kl != "none" and (self.objective.beta > 0 or adaptive)
+        grouped = self.controllers.lambda_.kind == "adaptive" or self.controllers.lambda_.value > 0
+        return penalised or grouped
+
+    @model_validator(mode="after")
+    def _group_sizes(self) -> Self:
+        if self.sampling.num_generations < 2:
+            raise ValueError("sampling.num_generations: 1; a group needs at least 2 completions to compare")
+        if self.sampling.prompts_per_step < world_size():
+            raise ValueError(
+                f"sampling.prompts_per_step: {self.sampling.prompts_per_step} prompts cannot feed {world_size()} processes; raise it or lower NPROC"
+            )
+        if self.objective.epsilon_high < self.objective.epsilon_low:
+            raise ValueError("objective.epsilon_high: smaller than epsilon_low; the clip range is [1 − low, 1 + high] with high ≥ low")
+        if self.objective.kl == "none" and self.objective.beta > 0 and "beta" in self.objective.model_fields_set:
+            raise ValueError("objective.beta: has no effect with kl: none; set kl, or beta to 0")
+        names = [spec.label for spec in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards: two have the same name in {names}; tell them apart with name:")
+        return self
+
+
+_FIXED = {"beta": {"kind": "fixed"}, "epsilon": {"kind": "fixed"}, "lambda": {"kind": "fixed", "value": 0.0}}
+METHODS: dict[str, dict[str, Any]] = {
+    # A method is only a set of these settings, laid under what the user wrote.
+    "agrpo": {},
+    "grpo": {
+        "objective": {"kl": "forward", "aggregation": "sequence", "updates_per_rollout": 1},
+        "advantage": {"kind": "group"},
+        "controllers": _FIXED,
+    },
+    "dr_grpo": {
+        "objective": {"kl": "none", "beta": 0.0, "aggregation": "constant", "updates_per_rollout": 1},
+        "advantage": {"kind": "none"},
+        "controllers": _FIXED,
+    },
+}
+
+STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "agrpo": PolicyConfig}
+_CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def world_size() -> int:
+    """Processes of this job, as torchrun or the launcher's environment says; 1 before either."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("NPROC") or 1) * int(os.environ.get("NNODES") or 1)
+
+
+def load_config(stage: str, path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> StageConfig:
+    """The resolved configuration of a stage.
+
+    Args:
+        stage: sft, reward or agrpo.
+        path: a YAML file; None takes the quickstart's.
+        overrides: `key.path=value` strings, the value read as YAML; they win over the file.
+
+    Raises:
+        ConfigError: says file, key and the mend.
+    """
+    path = path or _CONFIGS / "quickstart" / f"{stage}.yaml"
+    values = read_yaml(path)
+    for override in overrides:
+        set_path(values, override)
+    method = values.get("method", "agrpo")
+    if stage == "agrpo" and isinstance(method, str):
+        values = merge(METHODS.get(method, {}), values)
+    try:
+        config = STAGES[stage].model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, STAGES[stage], path)) from None
+    return _with_previous_stage(config, path)
+
+
+def _with_previous_stage(config: StageConfig, path: Path) -> StageConfig:
+    """Fill in the model that the previous stage left, and check that every model of this run that is named exists."""
+    model = config.model
+    if model.name_or_path is None and model.gguf is None and model.config is None:
+        model = model.model_copy(update={"name_or_path": str(config.run_root / "sft" / "model")})
+        config = config.model_copy(update={"model": model})
+    named = [("model.name_or_path", model.name_or_path)]
+    if isinstance(config, PolicyConfig):
+        filled = []
+        for spec in config.rewards:
+            if spec.target == "reward_models.learned" and "model" not in spec.parameters:
+                spec = RewardSpec(**spec.model_dump(), model=str(config.run_root / "reward" / "model"))
+            filled.append(spec)
+            named.append((f"rewards: {spec.label}", spec.parameters.get("model")))
+        config = config.model_copy(update={"rewards": filled})
+    for key, name in named:
+        if name and Path(name).parts[:1] == config.run.dir.parts[:1] and not Path(name).exists():
+            stage = "stage2_reward" if "/reward/" in name else "stage1_sft"
+            raise ConfigError(f"{path}: {key}: {name} does not exist; run the stage that makes it first: bash stages/{stage}/run.sh")
+    return config
+
+
+def parse_command_line(stage: str, argv: list[str]) -> StageConfig:
+    """The configuration from `[--config FILE] [key.path=value …] [--print-config]`. Exits 0 after printing, 2 when it is wrong."""
+    parser = argparse.ArgumentParser(prog=f"stages/*{stage}*/run.sh", description=STAGES[stage].__doc__)
+    parser.add_argument("--config", type=Path, help="a YAML file (default: the quickstart's)")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        config = load_config(stage, arguments.config, arguments.overrides)
+    except ConfigError as error:
+        print(f"configuration error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config

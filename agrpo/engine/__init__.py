@@ -1,0 +1,1 @@
+"""The one engine that owns the weights: it trains and it generates."""

@@ -1,0 +1,119 @@
+"""The modules that DeepSpeed trains: a language model that reads a layout, with a chunked head or a score head on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from agrpo.engine.attention import FlatAttention, use_flat_attention, why_not_flat
+from agrpo.engine.layout import Layout
+from agrpo.engine.logprobs import chunked_logprobs
+
+
+def causal_lm(lm: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, without a PEFT wrapper (adapters are injected into its layers)."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+class Policy(nn.Module):
+    """A causal language model over layouts: forward(layout) → log-probabilities and entropies of its completion tokens.
+
+    Families with flat attention run the flat axis as it is and put the head on completion positions, in chunks. Any other
+    family runs plain rows, each completion behind its own copy of the prompt, through its unmodified forward;
+    `fallback_reason` says why.
+    """
+
+    def __init__(self, lm: nn.Module, flat: bool = True) -> None:
+        super().__init__()
+        self.lm = lm
+        self.fallback_reason = why_not_flat(causal_lm(lm).config) if flat else "asked for plain rows"
+        if self.fallback_reason is None:
+            use_flat_attention(causal_lm(lm))
+
+    @property
+    def head(self) -> nn.Parameter:
+        """(V, H) weight of the language-model head."""
+        return causal_lm(self.lm).get_output_embeddings().weight
+
+    def hidden(self, layout: Layout) -> Tensor:
+        """(S, H) last hidden states on the flat axis."""
+        body = causal_lm(self.lm).get_decoder()
+        output = body(
+            input_ids=layout.ids[None],
+            position_ids=layout.positions[None],
+            attend=FlatAttention(layout),
+            use_cache=False,
+        )
+        return output.last_hidden_state[0]
+
+    def forward(self, layout: Layout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(C,) log-probabilities and (C,) entropies at the temperature, nats."""
+        if self.fallback_reason is not None:
+            return self._plain_rows(layout, temperature)
+        hidden = self.hidden(layout).index_select(0, layout.source)  # (C, H)
+        return chunked_logprobs(hidden, self.head, layout.targets, temperature)
+
+    def _plain_rows(self, layout: Layout, temperature: float) -> tuple[Tensor, Tensor]:
+        rows, mask, where = plain_rows(layout)
+        logits = self.lm(input_ids=rows, attention_mask=mask, use_cache=False).logits  # (N, width, V)
+        z = logits.flatten(0, 1).index_select(0, where).float() / temperature  # (C, V)
+        log_p = z.log_softmax(1)
+        return log_p.gather(1, layout.targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+
+
+class Scorer(nn.Module):
+    """A reward model: a score head on the last token of each completion, on a backbone that stays a language model.
+
+    forward(layout, spoken) → (N,) scores, and the (C',) log-probabilities of the completions `spoken` (indices into N),
+    which the text-generation regulariser reads.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+        size = causal_lm(policy.lm).config.hidden_size
+        self.score = nn.Linear(size, 1, bias=False)
+        nn.init.normal_(self.score.weight, std=1 / (size + 1) ** 0.5)
+        self.score.to(device=policy.head.device, dtype=policy.head.dtype)
+
+    def forward(self, layout: Layout, spoken: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.policy.fallback_reason is None:
+            hidden = self.policy.hidden(layout)  # (S, H)
+            last, source = layout.last, layout.source
+        else:
+            rows, mask, source = plain_rows(layout)
+            hidden = causal_lm(self.policy.lm).get_decoder()(input_ids=rows, attention_mask=mask, use_cache=False)
+            hidden = hidden.last_hidden_state.flatten(0, 1)  # (N·width, H)
+            last = source.index_select(0, layout.lengths.cumsum(0) - 1) + 1
+        scores = self.score(hidden.index_select(0, last))[:, 0].float()  # (N,)
+        if spoken is None:
+            return scores, scores.new_zeros(0)
+        chosen = torch.zeros(len(layout.lengths), dtype=torch.bool, device=scores.device).index_fill_(0, spoken, True)
+        tokens = chosen.repeat_interleave(layout.lengths).nonzero()[:, 0]
+        states = hidden.index_select(0, source.index_select(0, tokens))
+        logp, _ = chunked_logprobs(states, self.policy.head, layout.targets.index_select(0, tokens))
+        return scores, logp
+
+
+def plain_rows(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Each completion behind its own copy of its prompt, padded on the right.
+
+    Returns:
+        (N, width) token ids, (N, width) attention mask, and (C,) the place in the flattened rows that predicts each
+        completion token.
+    """
+    own = layout.prompt_lengths[layout.group]  # (N,) length of each row's prompt
+    total = own + layout.lengths
+    device = layout.ids.device
+    width = int(total.max())
+    column = torch.arange(width, device=device)
+    prompt_start = layout.prompt_lengths.cumsum(0) - layout.prompt_lengths  # into prompt_places
+    first = layout.lengths.cumsum(0) - layout.lengths  # (N,) into targets
+    in_prompt = (prompt_start[layout.group][:, None] + column).clamp(max=len(layout.prompt_places) - 1)
+    in_completion = (first[:, None] + column - own[:, None]).clamp(0, len(layout.targets) - 1)
+    ids = torch.where(column < own[:, None], layout.ids[layout.prompt_places[in_prompt]], layout.targets[in_completion])
+    mask = column < total[:, None]
+    offset = torch.arange(len(layout.targets), device=device) - first.repeat_interleave(layout.lengths)
+    row = torch.arange(len(own), device=device).repeat_interleave(layout.lengths)
+    return ids * mask, mask.long(), row * width + own[row] + offset - 1

@@ -1,0 +1,96 @@
+"""The records that flow through the loop, and the two protocols that users implement.
+
+Legend of the whole library:
+    P prompts of a step; N completions, in ragged groups that share a prompt; C completion tokens of all N together;
+    K reward functions; H hidden size; V vocabulary. Log-probabilities are natural, in nats, at the sampling temperature.
+
+There is no padding: per-token values are flat (C,), per-completion values (N,). `lengths` (N,) cuts the flat token axis
+into completions, in order; `group` (N,) says which prompt each completion answers and never decreases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Message = Mapping[str, str]  # {"role": "user", "content": "…"}
+Conversation = Sequence[Message]
+Text = str | Conversation  # what a row of data holds: a plain string, or the turns of a conversation
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt of one step. `slot` is its position in the step's global batch: it keys the random stream."""
+
+    text: Text
+    ids: tuple[int, ...]
+    slot: int
+    columns: Mapping[str, Any]  # the row's other columns, handed to the rewards by name
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N sampled completions of P prompts, and the weights that sampled them."""
+
+    prompts: tuple[Prompt, ...]
+    group: Tensor  # (N,) index into prompts, non-decreasing
+    lengths: Tensor  # (N,) tokens, the end token included
+    tokens: Tensor  # (C,)
+    logp: Tensor  # (C,) nats, as the sampler computed them
+    finished: Tensor  # (N,) bool: ended by itself, not by the length limit
+    texts: tuple[str, ...]  # N completions, decoded without special tokens
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What an update learns from: the rollout, each completion's reward and its advantage."""
+
+    rollout: Rollout
+    rewards: Tensor  # (N,) weighted sum over the reward functions; NaN where none could score
+    advantages: Tensor  # (N,)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and the completion to imitate. The prompt is "" for plain text."""
+
+    prompt: Text
+    completion: str
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PreferenceGroup:
+    """Completions of one prompt with their levels; two completions of a level are a tie.
+
+    `confidences` has one value in [0, 1] for each completion, or is empty: the confidence of a pair is the smaller of
+    its two. `margin` is the annotators' score difference of a chosen/rejected pair, None where the data has none.
+    """
+
+    prompt: Text
+    completions: tuple[str, ...]
+    levels: tuple[int, ...]  # higher is better
+    confidences: tuple[float, ...]
+    margin: float | None
+    columns: Mapping[str, Any]
+
+
+class Reward(Protocol):
+    """TRL's reward signature: one float for each completion, None where this reward abstains."""
+
+    def __call__(
+        self, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]], **columns: list[Any]
+    ) -> list[float | None]: ...
+
+
+class RolloutBackend(Protocol):
+    """Whatever can generate with the engine's current weights."""
+
+    def generate(self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Any, key: tuple[int, int]) -> Rollout:
+        """Sample counts[p] completions of each prompt; `key` is (seed, step) of the counter-based random streams."""
+        ...

@@ -1,0 +1,128 @@
+"""Reading and explaining YAML: overrides, merging, secrets, and errors that name the key and the mend."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+
+
+class ConfigError(ValueError):
+    """A wrong configuration: the message says file, key and the mend."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-4 is a float here, where YAML 1.1 reads a string."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        raise ConfigError(f"{path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__} where sections such as training: are expected")
+    return values
+
+
+def set_path(values: dict[str, Any], override: str) -> None:
+    """Apply one `key.path=value` to nested mappings, in place. `rewards.0.weight=2` reaches into lists."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"command line: {override!r} is not key.path=value")
+    try:
+        value = yaml.load(text, _Loader) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"command line: {key}: not YAML: {' '.join(str(error).split())}") from None
+    here: Any = values
+    *parents, last = key.split(".")
+    for part, following in zip(parents, [*parents[1:], last], strict=True):
+        if isinstance(here, list):
+            here = here[_index(here, part, key)]
+        else:
+            if not isinstance(here.get(part), dict | list):
+                here[part] = [] if following.isdigit() else {}
+            here = here[part]
+    if isinstance(here, list):
+        here[_index(here, last, key)] = value
+    else:
+        here[last] = value
+
+
+def _index(items: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(f"command line: {key}: {part!r} is not an index into a list of {len(items)}")
+    return int(part)
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `under`, section by section."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML, secrets redacted."""
+
+    def redact(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {k: redact(v, k) for k, v in value.items()}
+        if isinstance(value, list):
+            return [redact(v) for v in value]
+        return "…redacted…" if isinstance(value, str) and _SECRET.search(key) and key != "added_tokens" else value
+
+    return yaml.safe_dump(redact(config.model_dump(mode="json", by_alias=True)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def explain(error: ValidationError, model: type[BaseModel], path: Path) -> str:
+    """Every problem of a validation error, one a line: file, key, what is wrong, the nearest known name."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(model, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+            message = "unknown key" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
+        elif problem["type"] == "missing":
+            message = "is required"
+        elif not problem["type"].startswith("value_error"):
+            message += f", got {problem['input']!r}"
+        lines.append(f"{path}: {key}: {message}" if key else f"{path}: {message}")
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Names a section knows, found by walking the annotations along the error's location."""
+    current: Any = model
+    for part in location:
+        fields = {field.alias or name: field for name, field in current.model_fields.items()}
+        if part not in fields:
+            continue  # an index into a list
+        candidates = [fields[part].annotation, *_arguments(fields[part].annotation)]
+        current = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    found = []
+    for argument in typing.get_args(annotation):
+        found += [argument, *_arguments(argument)]
+    return found

@@ -1,0 +1,139 @@
+"""The flat, prefix-shared forward against the padded forward of unmodified transformers."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from agrpo.engine.layout import build_layout
+from agrpo.engine.modules import Policy, Scorer
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
+FAMILIES = {
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
+    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
+}
+FALLBACKS = {
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    ),
+    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
+}
+
+
+def ragged(seed, prompts=(5, 23, 1), groups=((7, 1, 30), (4,), (12, 12, 3, 9))):
+    """Ragged prompts and groups of random tokens: prompts, group, lengths, tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([n for group in groups for n in group])
+    group = torch.tensor([p for p, sizes in enumerate(groups) for _ in sizes])
+    ids = [torch.randint(0, 97, (n,), generator=generator).tolist() for n in prompts]
+    return ids, group, lengths, torch.randint(0, 97, (int(lengths.sum()),), generator=generator)
+
+
+def padded_oracle(lm, prompts, group, lengths, tokens, temperature):
+    """Log-probabilities and entropies by transformers alone, one completion at a time."""
+    logps, entropies = [], []
+    for p, completion in zip(group.tolist(), tokens.split(lengths.tolist()), strict=True):
+        ids = torch.cat([torch.tensor(prompts[p]), completion])
+        z = lm(input_ids=ids[None]).logits[0, len(prompts[p]) - 1 : -1].double() / temperature
+        logp = z.log_softmax(-1)
+        logps.append(logp.gather(1, completion[:, None])[:, 0])
+        entropies.append(-(logp.exp() * logp).sum(-1))
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", [*FAMILIES, *FALLBACKS])
+def test_logprobs_entropy_and_gradients_equal_plain_transformers(family, temperature):
+    torch.manual_seed(0)
+    plain = {**FAMILIES, **FALLBACKS}[family]().eval()
+    policy = Policy(copy.deepcopy(plain)).eval()
+    assert (policy.fallback_reason is None) == (family in FAMILIES)
+    batch = ragged(1)
+    logp, entropy = policy(build_layout(*batch), temperature)
+    expected_logp, expected_entropy = padded_oracle(plain, *batch, temperature)
+    assert (logp - expected_logp).abs().max() < 1e-5
+    assert (entropy - expected_entropy).abs().max() < 1e-5
+
+    weight = torch.randn(2, len(logp), generator=torch.Generator().manual_seed(2))
+    (weight[0] * logp + weight[1] * entropy).sum().backward()
+    (weight[0] * expected_logp + weight[1] * expected_entropy).sum().backward()
+    mine, theirs = gradients(policy.lm), gradients(plain)
+    assert mine.keys() == theirs.keys()
+    for name in theirs:
+        assert (mine[name] - theirs[name]).norm() <= 1e-4 * theirs[name].norm().clamp_min(1e-6), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 40), st.lists(st.integers(1, 40), min_size=1, max_size=5)), min_size=1, max_size=6
+    ),
+    st.integers(0, 99),
+)
+def test_any_ragged_groups_equal_plain_rows(groups, seed):
+    torch.manual_seed(0)
+    lm = FAMILIES["qwen2-tied"]().eval()
+    batch = ragged(seed, [p for p, _ in groups], [g for _, g in groups])
+    layout = build_layout(*batch)
+    with torch.no_grad():
+        expected = Policy(copy.deepcopy(lm), flat=False)(layout)
+        got = Policy(lm)(layout)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_scores_read_the_last_token_and_spoken_logprobs_are_the_policys(family):
+    torch.manual_seed(0)
+    policy = Policy({**FAMILIES, **FALLBACKS}[family]().eval())
+    scorer = Scorer(policy)
+    prompts, group, lengths, tokens = batch = ragged(3)
+    layout = build_layout(*batch)
+    scores, logp = scorer(layout, torch.tensor([1, 4]))
+    all_logp = torch.split(policy(layout)[0], lengths.tolist())
+    torch.testing.assert_close(logp, torch.cat([all_logp[1], all_logp[4]]))
+    plain = Policy(copy.deepcopy(policy.lm), flat=False).lm
+    plain.config._attn_implementation = "eager"
+    for n, completion in enumerate(tokens.split(lengths.tolist())):
+        ids = torch.cat([torch.tensor(prompts[group[n]]), completion])
+        state = plain.get_decoder()(input_ids=ids[None]).last_hidden_state[0, -1]
+        assert abs(float(scores[n] - scorer.score(state))) < 1e-5
+
+
+@pytest.mark.parametrize("broken", ["empty prompt", "empty completion", "disorder"])
+def test_layout_refuses_what_it_cannot_hold(broken):
+    prompts, group, lengths, tokens = ragged(0)
+    if broken == "empty prompt":
+        prompts[0] = []
+    elif broken == "empty completion":
+        lengths[0] = 0
+    else:
+        group = group.flip(0)
+    with pytest.raises(ValueError, match="empty|decrease"):
+        build_layout(prompts, group, lengths, tokens)

@@ -229,6 +229,7 @@ class EvaluationConfig(Section):
     every: Annotated[int, Field(ge=0)] = 0  # steps between evaluations on `data`; 0: none before the end
     data: DataConfig | None = None  # validation: watched while it runs
     test: DataConfig | None = None  # measured once, at the end
+    test_before: bool = False  # also before the first step, to compare with
     samples: Count = 8  # completions a prompt for pass@1 and pass@k
     temperature: Positive = 1.0
     max_completion_length: Count = 512

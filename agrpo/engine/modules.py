@@ -36,22 +36,11 @@ class Policy(nn.Module):
         """(V, H) weight of the language-model head."""
         return causal_lm(self.lm).get_output_embeddings().weight
 
-    def hidden(self, layout: Layout) -> Tensor:
-        """(S, H) last hidden states on the flat axis."""
-        body = causal_lm(self.lm).get_decoder()
-        output = body(
-            input_ids=layout.ids[None],
-            position_ids=layout.positions[None],
-            attend=FlatAttention(layout),
-            use_cache=False,
-        )
-        return output.last_hidden_state[0]
-
     def forward(self, layout: Layout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(C,) log-probabilities and (C,) entropies at the temperature, nats."""
         if self.fallback_reason is not None:
             return self._plain_rows(layout, temperature)
-        hidden = self.hidden(layout).index_select(0, layout.source)  # (C, H)
+        hidden = flat_states(causal_lm(self.lm).get_decoder(), layout).index_select(0, layout.source)  # (C, H)
         return chunked_logprobs(hidden, self.head, layout.targets, temperature)
 
     def _plain_rows(self, layout: Layout, temperature: float) -> tuple[Tensor, Tensor]:
@@ -78,15 +67,9 @@ class Scorer(nn.Module):
         self.score.to(device=policy.head.device, dtype=policy.head.dtype)
 
     def forward(self, layout: Layout, spoken: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.policy.fallback_reason is None:
-            hidden = self.policy.hidden(layout)  # (S, H)
-            last, source = layout.last, layout.source
-        else:
-            rows, mask, source = plain_rows(layout)
-            hidden = causal_lm(self.policy.lm).get_decoder()(input_ids=rows, attention_mask=mask, use_cache=False)
-            hidden = hidden.last_hidden_state.flatten(0, 1)  # (N·width, H)
-            last = source.index_select(0, layout.lengths.cumsum(0) - 1) + 1
-        scores = self.score(hidden.index_select(0, last))[:, 0].float()  # (N,)
+        body = causal_lm(self.policy.lm).get_decoder()
+        last, hidden, source = last_states(body, layout, self.policy.fallback_reason is None)
+        scores = self.score(last)[:, 0].float()  # (N,)
         if spoken is None:
             return scores, scores.new_zeros(0)
         chosen = torch.zeros(len(layout.lengths), dtype=torch.bool, device=scores.device).index_fill_(0, spoken, True)
@@ -94,6 +77,25 @@ class Scorer(nn.Module):
         states = hidden.index_select(0, source.index_select(0, tokens))
         logp, _ = chunked_logprobs(states, self.policy.head, layout.targets.index_select(0, tokens))
         return scores, logp
+
+
+def flat_states(body: nn.Module, layout: Layout) -> Tensor:
+    """(S, H) last hidden states of a model with flat attention."""
+    output = body(
+        input_ids=layout.ids[None], position_ids=layout.positions[None], attend=FlatAttention(layout), use_cache=False
+    )
+    return output.last_hidden_state[0]
+
+
+def last_states(body: nn.Module, layout: Layout, flat: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, H) state of each completion's last token; all states, (·, H); and (C,) the state that predicts each token."""
+    if flat:
+        states, last, source = flat_states(body, layout), layout.last, layout.source
+    else:
+        rows, mask, source = plain_rows(layout)
+        states = body(input_ids=rows, attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
+        last = source.index_select(0, layout.lengths.cumsum(0) - 1) + 1
+    return states.index_select(0, last), states, source
 
 
 def plain_rows(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

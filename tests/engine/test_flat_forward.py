@@ -6,51 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from tiny import FALLBACKS, FAMILIES, ragged
 
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy, Scorer
-
-SIZES = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-)
-FAMILIES = {
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
-}
-FALLBACKS = {
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    ),
-    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
-}
-
-
-def ragged(seed, prompts=(5, 23, 1), groups=((7, 1, 30), (4,), (12, 12, 3, 9))):
-    """Ragged prompts and groups of random tokens: prompts, group, lengths, tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([n for group in groups for n in group])
-    group = torch.tensor([p for p, sizes in enumerate(groups) for _ in sizes])
-    ids = [torch.randint(0, 97, (n,), generator=generator).tolist() for n in prompts]
-    return ids, group, lengths, torch.randint(0, 97, (int(lengths.sum()),), generator=generator)
-
 
 def padded_oracle(lm, prompts, group, lengths, tokens, temperature):
     """Log-probabilities and entropies by transformers alone, one completion at a time."""
@@ -123,7 +82,7 @@ def test_scores_read_the_last_token_and_spoken_logprobs_are_the_policys(family):
     for n, completion in enumerate(tokens.split(lengths.tolist())):
         ids = torch.cat([torch.tensor(prompts[group[n]]), completion])
         state = plain.get_decoder()(input_ids=ids[None]).last_hidden_state[0, -1]
-        assert abs(float(scores[n] - scorer.score(state))) < 1e-5
+        assert (scores[n] - scorer.score(state)).abs() < 1e-5
 
 
 @pytest.mark.parametrize("broken", ["empty prompt", "empty completion", "disorder"])

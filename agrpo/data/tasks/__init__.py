@@ -1,0 +1,1 @@
+"""Procedural tasks: functions that a `python:` source calls and that return rows."""

@@ -1,0 +1,133 @@
+"""From text to tokens: where a prompt ends, where its completion begins and which token ends that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from jinja2 import TemplateError
+
+from agrpo.data.records import DataError
+from agrpo.types import Conversation, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+# The role stands on a line of its own, so that a completion begins without a space that rewards would have to strip.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize + ':\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> list[str]:
+    """Give the tokenizer what training and sampling need of it, in place; the vocabulary stays as it is.
+
+    Args:
+        chat_template: replaces the tokenizer's own. With neither, it gets `DEFAULT_CHAT_TEMPLATE`.
+
+    Returns:
+        What was changed, in words for the log.
+
+    Raises:
+        DataError: there is no end-of-sequence token, without which no completion could end.
+    """
+    notes = []
+    if tokenizer.eos_token is None:
+        raise DataError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"the tokenizer has no pad token: {tokenizer.eos_token} stands in")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+        notes.append("chat template: the one given in the configuration")
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        notes.append("the tokenizer has no chat template: conversations are written as User:/Assistant: turns")
+    return notes
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+    """The tokens that a completion continues.
+
+    A string is taken as it is, after the beginning-of-sequence token where the tokenizer adds one. A conversation goes
+    through the chat template, which opens the assistant's turn. An empty string becomes that token, or the end token.
+    """
+    if not isinstance(text, str):
+        return _plain(tokenizer, _render(tokenizer, text, opened=True))
+    ids, bos = _plain(tokenizer, text), tokenizer.bos_token_id
+    if bos is not None and tokenizer.encode(text)[:1] == [bos] != ids[:1]:
+        ids = [bos, *ids]
+    return ids or [tokenizer.eos_token_id if bos is None else bos]
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, prompt: Text) -> list[int]:
+    """The completion's tokens and the token that ends it, to follow `encode_prompt(tokenizer, prompt)`."""
+    end = end_token_id(tokenizer, prompt)
+    if not isinstance(prompt, str):
+        opening = _render(tokenizer, prompt, opened=True)
+        whole = _render(tokenizer, [*prompt, {"role": "assistant", "content": text}])
+        # Some templates drop the reasoning of a finished turn. Sampling does not: then the text itself is to be learnt.
+        if whole.startswith(opening) and text in whole[len(opening) :]:
+            ids = _plain(tokenizer, whole[len(opening) :])
+            if end in ids:
+                return ids[: len(ids) - ids[::-1].index(end)]
+    return [*_plain(tokenizer, text), end]
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> int:
+    """The token after which sampling stops.
+
+    It is the first special token that the chat template writes after the assistant's words (<|im_end|>, <|eot_id|>, …);
+    for strings, or where the template writes none, the tokenizer's end of sequence.
+    """
+    if not isinstance(prompt, str):
+        words = "words"
+        whole = _render(tokenizer, [*prompt, {"role": "assistant", "content": words}])
+        added = tokenizer.added_tokens_decoder
+        for token in _plain(tokenizer, whole[whole.rfind(words) + len(words) :]):
+            if token == tokenizer.eos_token_id or (token in added and added[token].special):
+                return token
+    return tokenizer.eos_token_id
+
+
+def drop_long(items: Sequence[T], lengths: Sequence[int], limit: int, what: str) -> tuple[list[T], str]:
+    """The items of at most `limit` tokens, and a sentence for the log on those left out.
+
+    Args:
+        what: names the items in the plural, such as "prompts".
+
+    Raises:
+        DataError: none is short enough.
+    """
+    kept = [item for item, length in zip(items, lengths, strict=True) if length <= limit]
+    dropped = len(items) - len(kept)
+    if not dropped:
+        return kept, f"all {len(items)} {what} have at most {limit} tokens"
+    if not kept:
+        raise DataError(
+            f"all {len(items)} {what} are longer than {limit} tokens (the shortest: {min(lengths)}); raise the limit"
+        )
+    report = f"left out {dropped} of {len(items)} {what}: longer than {limit} tokens (the longest: {max(lengths)})"
+    return kept, report
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Conversation, opened: bool = False) -> str:
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opened
+        )
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise DataError(
+            f"the chat template refuses turns of {roles}: {error}; change the data or model.chat_template"
+        ) from None
+    return str(rendered)

@@ -1,0 +1,1 @@
+"""Generation backends, each behind the RolloutBackend protocol."""

@@ -1,0 +1,1 @@
+"""Held-out measurements: pass rates of policies, pairwise accuracy of reward models."""

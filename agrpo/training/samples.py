@@ -1,0 +1,98 @@
+"""What a step looked like: its metrics beside the update's, and samples a person can read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agrpo.algorithms.advantages import zero_signal_fraction
+from agrpo.engine import distributed
+from agrpo.evaluation.policy import PolicyEvaluation
+from agrpo.reporting.files import to_json
+from agrpo.training.experience import Scores
+from agrpo.training.session import Session
+from agrpo.types import Experience
+
+
+def rollout_metrics(experience: Experience, scores: Tensor, rewards: Scores, clock: Sequence[float]) -> dict[str, float]:
+    """Of a step's rollout, over all ranks.
+
+    Args:
+        experience: before pruning.
+        scores: (N, K) of the rewards.
+        clock: seconds at the start, after generation, after the rewards, after the update.
+    """
+    rollout, total = experience.rollout, experience.rewards
+    scored = torch.isfinite(total)
+    finite = total[scored].double()
+    errors = rewards.take_errors()
+    sums = distributed.sum_over_ranks(
+        {
+            "reward": finite.sum(),
+            "square": finite.square().sum(),
+            "scored": len(finite),
+            "completions": len(total),
+            "tokens": len(rollout.tokens),
+            "finished": rollout.finished.sum(),
+            "advantage": experience.advantages.square().sum(),
+            "groups": len(rollout.prompts),
+            "silent": zero_signal_fraction(total, rollout.group) * len(rollout.prompts),
+            "errors": sum(errors.values()),
+            **{f"sum/{name}": scores[:, k].nansum() for k, name in enumerate(rewards.names)},
+            **{f"count/{name}": scores[:, k].isfinite().sum() for k, name in enumerate(rewards.names)},
+        }
+    )
+    mean = sums["reward"] / max(1, sums["scored"])
+    generate, reward, update = (after - before for before, after in zip(clock[:-1], clock[1:], strict=True))
+    return {
+        "reward": mean,
+        "reward_std": max(0.0, sums["square"] / max(1, sums["scored"]) - mean**2) ** 0.5,
+        **{f"rewards/{name}/mean": sums[f"sum/{name}"] / max(1, sums[f"count/{name}"]) for name in rewards.names},
+        "reward/errors": sums["errors"],
+        "completions/mean_length": sums["tokens"] / sums["completions"],
+        "completions/clipped_ratio": 1 - sums["finished"] / sums["completions"],
+        "frac_reward_zero_std": sums["silent"] / sums["groups"],
+        "agrpo/advantage_variance": sums["advantage"] / sums["completions"],
+        "num_tokens": sums["tokens"],
+        "time/generate_s": generate,
+        "time/reward_s": reward,
+        "time/update_s": update,
+        "time/step_s": clock[-1] - clock[0],
+        "throughput/completion_tokens_per_s": sums["tokens"] / (clock[-1] - clock[0]),
+    }
+
+
+def sample_rows(experience: Experience, scores: Tensor, rewards: Scores, count: int) -> list[dict[str, Any]]:
+    """The first completions of the step: prompt, completion, each reward, advantage."""
+    rollout = experience.rollout
+    return [
+        {
+            "prompt": rollout.prompts[int(rollout.group[n])].text,
+            "completion": rollout.texts[n],
+            "rewards": dict(zip(rewards.names, scores[n].tolist(), strict=True)),
+            "reward": float(experience.rewards[n]),
+            "advantage": float(experience.advantages[n]),
+            "tokens": int(rollout.lengths[n]),
+        }
+        for n in range(min(count, len(rollout.texts)))
+    ]
+
+
+def write_evaluation(session: Session, name: str, evaluation: PolicyEvaluation) -> dict[str, Any]:
+    """Keep every prompt's result in `evaluation-<name>.jsonl`, say the shares, and return them for the summary."""
+    prefix = "" if name == "test" else f"{name}_"
+    if distributed.rank() == 0:
+        with (session.directory / f"evaluation-{name}.jsonl").open("w", encoding="utf-8") as file:
+            for r in evaluation.results:
+                file.write(to_json(vars(r)) + "\n")
+    low, high = evaluation.interval
+    session.log.note(
+        f"{name}: {evaluation.n} prompts: pass@1 {evaluation.pass1:.3f} [{low:.3f}, {high:.3f}],"
+        f" pass@{evaluation.k} {evaluation.pass_k:.3f}, greedy {evaluation.greedy:.3f},"
+        f" mean length {evaluation.mean_length:.1f} tokens, mixed groups {evaluation.mixed:.2f}"
+    )
+    return {prefix + key: value for key, value in json.loads(to_json(evaluation.summary())).items()}

@@ -1,0 +1,201 @@
+"""The session of a run: its directory, log, checkpoints and signals. The three stages' loops stand inside it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import agrpo
+from agrpo.config import StageConfig
+from agrpo.data.records import DataError
+from agrpo.engine import checkpoint, distributed
+from agrpo.engine.hybrid import HybridEngine
+from agrpo.engine.modules import Policy, causal_lm
+from agrpo.models import ModelError
+from agrpo.reporting.metrics import RunLog
+from agrpo.reporting.summary import record
+from agrpo.yaml_input import ConfigError, to_yaml
+
+RESUME_LATER = 75
+_RESULT = "result.json"
+# What may differ between a run and its resumption.
+_FREE = {"run", "checkpoint", "logging", "evaluation"}
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Bad input ends with exit code 2 and one message instead of a traceback."""
+    try:
+        yield
+    except (DataError, ModelError, ConfigError, checkpoint.CheckpointError) as error:
+        if distributed.rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+class Session:
+    """One stage's run, `runs/<name>/<stage>/`.
+
+    A run that was interrupted resumes from its newest whole checkpoint; one that had finished starts over. SIGTERM and
+    SIGINT end it after the step at hand, saved, with exit code 75.
+    """
+
+    def __init__(self, config: StageConfig, stage: str) -> None:
+        distributed.start()
+        self.config, self.stage = config, stage
+        self.directory = config.run_root / stage
+        self._checkpoints = self.directory / "checkpoints"
+        self._began = time.monotonic()
+        self._engine: HybridEngine | None = None
+        self._tracked: Mapping[str, checkpoint.Stateful] = {}
+        self._found = self._look_for_checkpoint()
+        self.first_step = self._found[1]["step"] if self._found else 0
+        distributed.barrier()
+        if distributed.rank() == 0:
+            self._prepare_directory()
+        distributed.barrier()
+        self.log = RunLog(
+            self.directory,
+            stage,
+            config.training.max_steps,
+            first_step=self.first_step,
+            rank=distributed.rank(),
+            console=config.logging.console,
+        )
+        self._stop_asked = False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._ask_to_stop)
+
+    def _ask_to_stop(self, number: int, frame: object) -> None:
+        if self._stop_asked:
+            raise KeyboardInterrupt
+        self._stop_asked = True
+
+    def _look_for_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        if not self.config.checkpoint.resume or (self.directory / _RESULT).exists():
+            return None
+        found = checkpoint.newest(self._checkpoints)
+        if found is not None:
+            changed = _differences(found[1]["config"], _identity(self.config))
+            if changed:
+                raise ConfigError(
+                    f"{self._checkpoints}: holds an unfinished run with another configuration ({', '.join(changed)} differ):"
+                    " give this one another run.name, restore those keys, or start over with checkpoint.resume=false"
+                )
+        return found
+
+    def _prepare_directory(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self._found is None:
+            for stale in ("checkpoints", "tensorboard", "model"):
+                shutil.rmtree(self.directory / stale, ignore_errors=True)
+        (self.directory / _RESULT).unlink(missing_ok=True)
+        (self.directory / "config.yaml").write_text(f"{_provenance()}{to_yaml(self.config)}", encoding="utf-8")
+
+    def restore(self, engine: HybridEngine, **tracked: checkpoint.Stateful) -> None:
+        """Name what checkpoints hold, and load it when this run resumes."""
+        self._engine, self._tracked = engine, tracked
+        if self._found is not None:
+            checkpoint.load(*self._found, engine, tracked)
+            self.log.note(f"resumed from {self._found[0]}")
+
+    def steps(self) -> Iterator[int]:
+        """The steps that remain. After each, a checkpoint when one is due, and an orderly end when a signal came."""
+        every, total = self.config.checkpoint.every, self.config.training.max_steps
+        for step in range(self.first_step, total):
+            yield step
+            stop = distributed.max_over_ranks(int(self._stop_asked)) > 0
+            if stop or (every and (step + 1) % every == 0) or (every and step + 1 == total):
+                self._save(step + 1)
+            if stop:
+                self.log.note(f"stopped by a signal after step {step + 1}, saved: run again to resume")
+                self.log.close()
+                raise SystemExit(RESUME_LATER)
+
+    def _save(self, step: int) -> None:
+        state = {name: one.state_dict() for name, one in self._tracked.items()}
+        state["config"] = _identity(self.config)
+        checkpoint.save(self._checkpoints, step, self._engine, state, self.config.checkpoint.keep)
+
+    def notes(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.log.note(text)
+
+    def describe(self, policy: Policy) -> None:
+        """Say how large the model is, what of it learns, and why it is not on the fast path when it is not."""
+        total = sum(p.numel() for p in policy.parameters())
+        learns = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        self.log.note(f"model: {causal_lm(policy.lm).config.model_type}, {total:,} parameters, {learns:,} of them learn")
+        if policy.fallback_reason is not None:
+            self.log.note(f"plain rows instead of the flat layout: {policy.fallback_reason}")
+
+    def evaluation_due(self, step: int) -> bool:
+        """Is the validation data looked at after this step?"""
+        every = self.config.evaluation.every
+        return bool(every) and self.config.evaluation.data is not None and (step + 1) % every == 0
+
+    def finish(self, results: Mapping[str, Any], save_model: Callable[[Path], None]) -> None:
+        """Save the model, record the results; the last thing that a stage does."""
+        if distributed.rank() == 0:
+            partial, final = self.directory / ".model.partial", self.directory / "model"
+            shutil.rmtree(partial, ignore_errors=True)
+            save_model(partial)
+            (partial / "README.md").write_text(self._model_card(results), encoding="utf-8")
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            seconds = time.monotonic() - self._began
+            record(self.config.run_root, self.stage, results, seconds, self.config.seed)
+            text = json.dumps({"results": results, "seconds": seconds}, indent=1)
+            (self.directory / _RESULT).write_text(text, encoding="utf-8")
+        distributed.barrier()
+        self.log.note(f"{self.stage}: model in {self.directory / 'model'}")
+        self.log.close()
+        distributed.stop()
+
+    def _model_card(self, results: Mapping[str, Any]) -> str:
+        model = self.config.model
+        origin = model.name_or_path or model.gguf or f"{model.config['model_type']}, initialised at random"
+        measured = "\n".join(f"- {name}: {_short(value)}" for name, value in results.items())
+        kind = "text-classification" if self.stage == "reward" else "text-generation"
+        return (
+            f"---\nlibrary_name: transformers\npipeline_tag: {kind}\ntags: [agrpo, {self.stage}]\n---\n"
+            f"# {self.config.run.name}, stage {self.stage}\n\nTrained with agrpo {agrpo.__version__} from `{origin}`"
+            f" for {self.config.training.max_steps} steps, seed {self.config.seed}.\n\n## Measured\n\n{measured}\n"
+        )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _identity(config: StageConfig) -> dict[str, Any]:
+    values = config.model_dump(mode="json", by_alias=True, exclude=_FREE)
+    del values["training"]["max_steps"]
+    return values
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [path]
+
+
+def _provenance() -> str:
+    """Versions and the git revision, as YAML comments: the file remains a configuration that can be run again."""
+    packages = ("torch", "transformers", "deepspeed", "peft")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
+    revision = git.stdout.strip() or "unknown"
+    return f"# agrpo {agrpo.__version__}, revision {revision}, Python {platform.python_version()}\n# {versions}\n"

@@ -1,0 +1,1 @@
+"""What scores a completion: verifiable rules, learned reward models, and the code that loads and combines them."""

@@ -1,0 +1,77 @@
+"""Stage 1: supervised fine-tuning on demonstrations."""
+
+import sys
+import time
+
+from agrpo.config import SFTConfig, parse_command_line
+from agrpo.data.load import encode_groups, encode_prompts, read_demonstrations, read_prompts, require_batch, texts_of
+from agrpo.data.streams import Stream
+from agrpo.engine import distributed
+from agrpo.engine.hybrid import HybridEngine
+from agrpo.engine.modules import Policy
+from agrpo.evaluation.policy import evaluate_policy
+from agrpo.models import load_language_model, load_tokenizer, make_trainable, save_language_model, stop_ids
+from agrpo.training.batches import Sequences
+from agrpo.training.imitation import evaluation_loss, imitate
+from agrpo.training.samples import write_evaluation
+from agrpo.training.schedule import learning_rate
+from agrpo.training.session import Session, readable_errors
+from reward_models.configured import reward_set
+
+
+def main(config: SFTConfig) -> None:
+    session = Session(config, "sft")
+    log, training, evaluation = session.log, config.training, config.evaluation
+    data = read_demonstrations(config.data, log.note)
+    require_batch(len(data), training.batch_size, "demonstrations", "training.batch_size")
+
+    tokenizer, notes = load_tokenizer(config.model, texts_of(data))
+    session.notes(notes)
+    _, prompts, completions = encode_groups(data, tokenizer, config.max_length, log.note)
+    lm = load_language_model(config.model, tokenizer, config.seed)
+    stop = stop_ids(tokenizer, lm)
+    policy = Policy(make_trainable(lm, config.model))
+    engine = HybridEngine(
+        policy, engine=config.engine, training=training, tokenizer=tokenizer, stop=stop, dtype=config.model.dtype
+    )
+    session.describe(policy)
+
+    held_out = test = None
+    rewards = reward_set(evaluation.rewards) if evaluation.rewards else None
+    if evaluation.data is not None:
+        rows, *tokens = encode_groups(read_demonstrations(evaluation.data, log.note), tokenizer, config.max_length, log.note)
+        held_out = encode_prompts(rows, tokenizer, config.max_length, log.note)
+    if evaluation.test is not None:
+        test = encode_prompts(read_prompts(evaluation.test, log.note), tokenizer, config.max_length, log.note)
+    results = {}
+    if evaluation.test_before and session.first_step == 0:
+        results |= write_evaluation(session, "before", evaluate_policy(engine, test, rewards, evaluation, config.seed))
+
+    stream = Stream(len(prompts), training.batch_size, config.seed, distributed.rank(), distributed.world())
+    session.restore(engine, stream=stream)
+    for step in session.steps():
+        began = time.perf_counter()
+        rows = [index for _, index in next(stream)]
+        batch = Sequences.of([prompts[i] for i in rows], [completions[i] for i in rows])
+        rate = learning_rate(step, training)
+        metrics = imitate(engine, batch, training.micro_batch_tokens, rate)
+        seconds = time.perf_counter() - began
+        metrics |= {"learning_rate": rate, "time/step_s": seconds}
+        metrics["throughput/completion_tokens_per_s"] = metrics["num_tokens"] / seconds
+        if session.evaluation_due(step):
+            metrics["evaluation/loss"] = evaluation_loss(engine, *tokens, training.micro_batch_tokens)
+            if rewards is not None:
+                metrics |= evaluate_policy(engine, held_out, rewards, evaluation, config.seed).metrics()
+        log.step(step, metrics)
+
+    if held_out is not None:
+        results["validation_loss"] = evaluation_loss(engine, *tokens, training.micro_batch_tokens)
+    if test is not None:
+        results |= write_evaluation(session, "test", evaluate_policy(engine, test, rewards, evaluation, config.seed))
+    engine.generation_mode()
+    session.finish(results, lambda folder: save_language_model(engine.whole_policy.lm, tokenizer, folder))
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main(parse_command_line("sft", sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""Stage 2: a reward model from preference groups."""
+
+import sys
+import time
+
+import torch
+
+from agrpo.config import RewardConfig, parse_command_line
+from agrpo.data.load import encode_groups, read_preference_groups, require_batch
+from agrpo.data.streams import Stream
+from agrpo.engine import distributed
+from agrpo.engine.hybrid import HybridEngine
+from agrpo.engine.modules import Policy, Scorer
+from agrpo.evaluation.preferences import evaluate_scores
+from agrpo.models import load_language_model, load_tokenizer, make_trainable, save_reward_model, stop_ids
+from agrpo.training.batches import Sequences
+from agrpo.training.controllers import lambda_controller
+from agrpo.training.preference import fit_preferences, margin_scale, score_groups
+from agrpo.training.schedule import learning_rate
+from agrpo.training.session import Session, readable_errors
+
+
+def main(config: RewardConfig) -> None:
+    session = Session(config, "reward")
+    log, training, evaluation = session.log, config.training, config.evaluation
+    data = read_preference_groups(config.data, log.note)
+    require_batch(len(data), training.batch_size, "preference groups", "training.batch_size")
+
+    tokenizer, notes = load_tokenizer(config.model)
+    session.notes(notes)
+    groups, prompts, completions = encode_groups(data, tokenizer, config.max_length, log.note)
+    scale = margin_scale(groups)
+    lm = load_language_model(config.model, tokenizer, config.seed)
+    torch.manual_seed(config.seed)
+    scorer = Scorer(Policy(make_trainable(lm, config.model)))
+    engine = HybridEngine(
+        scorer,
+        engine=config.engine,
+        training=training,
+        tokenizer=tokenizer,
+        stop=stop_ids(tokenizer, lm),
+        dtype=config.model.dtype,
+    )
+    session.describe(scorer.policy)
+
+    held_out = {}
+    for name, source in (("validation", evaluation.data), ("test", evaluation.test)):
+        if source is not None:
+            rows, *tokens = encode_groups(read_preference_groups(source, log.note), tokenizer, config.max_length, log.note)
+            held_out[name] = (rows, Sequences.of(*tokens))
+
+    stream = Stream(len(prompts), training.batch_size, config.seed, distributed.rank(), distributed.world())
+    lambda_ = lambda_controller(config.lambda_)
+    session.restore(engine, stream=stream, lambda_=lambda_)
+    for step in session.steps():
+        began = time.perf_counter()
+        rows = [index for _, index in next(stream)]
+        batch = Sequences.of([prompts[i] for i in rows], [completions[i] for i in rows])
+        rate = learning_rate(step, training)
+        metrics = fit_preferences(engine, batch, [groups[i] for i in rows], config, lambda_.value, scale, rate)
+        seconds = time.perf_counter() - began
+        metrics |= {"learning_rate": rate, "time/step_s": seconds, "agrpo/lambda": lambda_.value}
+        metrics["throughput/completion_tokens_per_s"] = metrics["num_tokens"] / seconds
+        lambda_.observe(metrics["agrpo/uncertainty"])
+        if session.evaluation_due(step):
+            rows, batch = held_out["validation"]
+            scores = score_groups(engine, batch, training.micro_batch_tokens)
+            metrics["evaluation/pairwise_accuracy"] = evaluate_scores(scores, rows).accuracy
+        log.step(step, metrics)
+
+    results = {}
+    if held_out:
+        rows, batch = held_out.get("test") or held_out["validation"]
+        measured = evaluate_scores(score_groups(engine, batch, training.micro_batch_tokens), rows)
+        results = measured.summary()
+        log.note(measured.in_words())
+    engine.generation_mode()
+    whole = engine.whole_module
+    session.finish(
+        results, lambda folder: save_reward_model(whole.policy.lm, whole.score.weight, tokenizer, folder)
+    )
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        main(parse_command_line("reward", sys.argv[1:]))

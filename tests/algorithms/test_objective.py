@@ -1,0 +1,297 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agrpo.algorithms.advantages import group_advantages
+from agrpo.algorithms.objective import clip_fractions, clipped_surrogate, importance_ratio, policy_loss, token_weights
+from agrpo.algorithms.preference import group_preference_loss, implicit_reward, ordered_pairs, pair_weights
+
+LENGTHS = torch.tensor([3, 1, 5, 2])
+C, N = 11, 4
+RANGE = {"epsilon_low": 0.2, "epsilon_high": 0.3}
+
+
+def batch(seed=0, spread=0.4):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    logp = -draw(C).abs()
+    return {
+        "logp": logp,
+        "old_logp": logp + spread * draw(C),
+        "ref_logp": logp + spread * draw(C),
+        "entropy": draw(C).abs(),
+        "advantages": draw(N),
+    }
+
+
+def numeric_gradient(f, x, h=1e-6):
+    steps = torch.eye(len(x), dtype=x.dtype) * h
+    return torch.stack([(f(x + step) - f(x - step)) / (2 * h) for step in steps])
+
+
+def autograd(f, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(f(x), x)[0]
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+def test_token_level_gradient_by_finite_differences(aggregation, dual_clip):
+    b = batch()
+    weights = token_weights(LENGTHS, aggregation, total_tokens=C, total_sequences=N, max_length=8).double()
+    owner = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3])
+
+    def by_hand(logp):
+        total = 0.0
+        for t in range(C):
+            rho, a = float((logp[t] - b["old_logp"][t]).exp()), float(b["advantages"][owner[t]])
+            gain = min(rho * a, min(max(rho, 0.8), 1.3) * a)
+            if dual_clip and a < 0:
+                gain = max(gain, dual_clip * a)
+            total -= float(weights[t]) * gain
+        return torch.tensor(total, dtype=torch.float64)
+
+    def loss(logp):
+        ratio = importance_ratio(logp, b["old_logp"], LENGTHS, "token")
+        return (weights * clipped_surrogate(ratio, b["advantages"][owner], 0.2, 0.3, dual_clip)).sum()
+
+    assert loss(b["logp"]).item() == pytest.approx(by_hand(b["logp"]).item(), abs=1e-12)
+    expected = numeric_gradient(by_hand, b["logp"])
+    torch.testing.assert_close(autograd(loss, b["logp"]), expected, atol=1e-7, rtol=1e-6)
+    assert 0 < (expected == 0).sum() < C  # some tokens clipped, some not
+
+
+@pytest.mark.parametrize("level", ["sequence", "trajectory"])
+def test_completion_level_ratio_and_gradient_are_those_of_its_definition(level):
+    b, advantages = batch(), torch.tensor([1.0, -2.0, 0.5, 1.5], dtype=torch.float64)
+
+    def definition(logp):
+        """Σ_i A_i·scale_i·ratio_i, scale |y| at sequence level, so that ∂ is ρ·∇log π per token."""
+        total, start = 0.0, 0
+        for i, n in enumerate(LENGTHS.tolist()):
+            difference = (logp - b["old_logp"])[start : start + n]
+            exponent = difference.mean() if level == "sequence" else difference.sum()
+            total = total + advantages[i] * (n if level == "sequence" else 1) * exponent.exp()
+            start += n
+        return total
+
+    def subject(logp):
+        ratio = importance_ratio(logp, b["old_logp"], LENGTHS, level)
+        return (ratio * advantages.repeat_interleave(LENGTHS)).sum()
+
+    torch.testing.assert_close(
+        autograd(subject, b["logp"]), numeric_gradient(definition, b["logp"]), atol=1e-7, rtol=1e-6
+    )
+    ratio = importance_ratio(b["logp"], b["old_logp"], LENGTHS, level)
+    sizes = LENGTHS if level == "sequence" else torch.ones(N)
+    firsts = ratio[LENGTHS.cumsum(0) - LENGTHS]
+    torch.testing.assert_close(ratio, firsts.repeat_interleave(LENGTHS))
+    assert (firsts * sizes * advantages).sum().item() == pytest.approx(definition(b["logp"]).item())
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "trajectory"])
+def test_unchanged_policy_has_ratio_one_and_the_policy_gradient(level):
+    logp = batch()["logp"]
+    assert torch.equal(importance_ratio(logp, logp, LENGTHS, level), torch.ones(C, dtype=torch.float64))
+    gradient = autograd(lambda x: importance_ratio(x, logp, LENGTHS, level).sum(), logp)
+    torch.testing.assert_close(gradient, torch.ones(C, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "trajectory"])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_an_exploding_ratio_leaves_a_finite_gradient(level, advantage):
+    old = torch.full((C,), -300.0)
+
+    def loss(logp):
+        ratio = importance_ratio(logp, old, LENGTHS, level)
+        return clipped_surrogate(ratio, torch.full((C,), advantage), 0.2, 0.2).sum()
+
+    gradient = autograd(loss, torch.zeros(C))
+    assert gradient.isfinite().all()
+    assert (gradient == 0).all() == (advantage > 0)
+
+
+def test_clip_holds_only_what_would_go_further():
+    ratio = torch.tensor([0.5, 0.5, 2.0, 2.0, 1.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    loss = clipped_surrogate(ratio, advantages, 0.2, 0.3)
+    torch.testing.assert_close(loss.detach(), torch.tensor([-0.5, 0.8, -1.3, 2.0, -1.0]))
+    loss.sum().backward()
+    assert ratio.grad.tolist() == [-1.0, 0.0, 0.0, 1.0, -1.0]
+    counts = clip_fractions(ratio, advantages, 0.2, 0.3)
+    assert {key: float(count) for key, count in counts.items()} == {"low": 1, "high": 1, "region": 2}
+
+
+def test_dual_clip_bounds_the_loss_of_bad_tokens_only():
+    ratio, advantages = torch.tensor([5.0, 5.0, 2.0]), torch.tensor([-1.0, 1.0, -1.0])
+    assert clipped_surrogate(ratio, advantages, 0.2, 0.2, 3.0).tolist() == pytest.approx([3.0, -1.2, 2.0])
+    with pytest.raises(ValueError, match="dual_clip"):
+        clipped_surrogate(ratio, advantages, 0.2, 0.2, 1.0)
+
+
+def test_token_weights_give_the_three_means():
+    per_token = torch.rand(C, dtype=torch.float64)
+    pieces = per_token.split(LENGTHS.tolist())
+    expected = {
+        "token": per_token.mean(),
+        "sequence": torch.stack([piece.mean() for piece in pieces]).mean(),
+        "constant": torch.stack([piece.sum() / 8 for piece in pieces]).mean(),
+    }
+    for aggregation, mean in expected.items():
+        weights = token_weights(LENGTHS, aggregation, total_tokens=C, total_sequences=N, max_length=8)
+        torch.testing.assert_close((weights * per_token).sum(), mean, rtol=1e-6, atol=0)
+
+
+def slice_of(b, first, last, weights):
+    ends = [0, *LENGTHS.cumsum(0).tolist()]
+    tokens = slice(ends[first], ends[last])
+    inputs = {key: b[key][tokens] for key in ("logp", "old_logp", "ref_logp", "entropy")}
+    inputs["advantages"] = b["advantages"][first:last]
+    return inputs | {"lengths": LENGTHS[first:last], "weights": weights[tokens]}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cut=st.integers(0, N),
+    aggregation=st.sampled_from(["token", "sequence", "constant"]),
+    kl=st.sampled_from(["none", "reverse", "forward", "symmetric"]),
+    ratio=st.sampled_from(["token", "sequence", "trajectory"]),
+)
+def test_shards_sum_to_the_whole(cut, aggregation, kl, ratio):
+    b = batch(seed=cut)
+    totals = {"total_tokens": C, "total_sequences": N, "max_length": 8}
+    weights = token_weights(LENGTHS, aggregation, **totals).double()
+    own = [token_weights(part, aggregation, **totals).double() for part in (LENGTHS[:cut], LENGTHS[cut:])]
+    torch.testing.assert_close(torch.cat(own), weights)  # a shard knows its weights from the totals alone
+    options = RANGE | {"beta": 0.1, "entropy_coef": 0.01, "kl": kl, "ratio": ratio}
+    whole, terms = policy_loss(**slice_of(b, 0, N, weights), **options)
+    left, left_terms = policy_loss(**slice_of(b, 0, cut, weights), **options)
+    right, right_terms = policy_loss(**slice_of(b, cut, N, weights), **options)
+    torch.testing.assert_close(left + right, whole)
+    for field in dataclasses.fields(terms):
+        parts = getattr(left_terms, field.name) + getattr(right_terms, field.name)
+        torch.testing.assert_close(parts, getattr(terms, field.name))
+        assert not parts.requires_grad and parts.dim() == 0
+
+
+def test_lambda_zero_is_grpo_written_out_with_padding():
+    """The oracle is the usual padded form: reward matrix, mask, k3, mean per sequence (Shao et al., eq. 3)."""
+    b, beta, eps = batch(spread=0.3), 0.04, 0.2
+    b["old_logp"] = b["logp"].clone()  # one update a rollout
+    rewards = torch.tensor([1.0, 0.0, 0.25, 3.0], dtype=torch.float64)
+    mask = torch.arange(5) < LENGTHS[:, None]
+
+    def padded(flat):
+        grid = torch.zeros(N, 5, dtype=flat.dtype)
+        grid[mask] = flat
+        return grid
+
+    def grpo(logp):
+        rows = rewards.view(2, 2)
+        advantages = ((rows - rows.mean(1, True)) / (rows.std(1, correction=0, keepdim=True) + 1e-4)).view(N, 1)
+        ratio = torch.exp(padded(logp) - padded(b["old_logp"]))
+        clipped = torch.clamp(ratio, 1 - eps, 1 + eps)
+        back = padded(b["ref_logp"]) - padded(logp)
+        loss = -torch.min(ratio * advantages, clipped * advantages) + beta * (torch.exp(back) - back - 1)
+        return ((loss * mask).sum(1) / mask.sum(1)).mean()
+
+    def subject(logp, lam=0.0):
+        group = torch.tensor([0, 0, 1, 1])
+        policy, _ = policy_loss(
+            logp,
+            b["old_logp"],
+            b["ref_logp"],
+            b["entropy"],
+            group_advantages(rewards, group),
+            LENGTHS,
+            weights=token_weights(LENGTHS, "sequence", total_tokens=C, total_sequences=N, max_length=8),
+            epsilon_low=eps,
+            epsilon_high=eps,
+            beta=beta,
+            entropy_coef=0.0,
+            kl="forward",
+            ratio="token",
+        )
+        pairs = ordered_pairs(rewards, group)
+        scores = implicit_reward(logp, b["ref_logp"], LENGTHS, alpha=0.1, reduction="sum")
+        weights = pair_weights(pairs, torch.ones(2, dtype=torch.float64), "confidence")
+        return lam * group_preference_loss(scores, pairs, weights) / weights.sum() + (1 - lam) * policy
+
+    torch.testing.assert_close(subject(b["logp"]), grpo(b["logp"]), rtol=1e-6, atol=1e-7)  # weights are float32
+    torch.testing.assert_close(autograd(subject, b["logp"]), autograd(grpo, b["logp"]), rtol=1e-6, atol=1e-7)
+    assert (subject(b["logp"], lam=0.5) - grpo(b["logp"])).abs() > 0.1
+
+
+@pytest.mark.parametrize("kl", ["reverse", "forward", "symmetric"])
+def test_off_policy_penalty_and_bonus_have_the_enumerated_gradient(kl):
+    """Every token of a small vocabulary is one completion, weighted by how often the old policy samples it."""
+    logits, ref, old = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def subject(logits):
+        logp = logits.log_softmax(0)
+        entropy = -(logp.exp() * logp).sum().expand(6)
+        return policy_loss(
+            logp,
+            old.log_softmax(0),
+            ref.log_softmax(0),
+            entropy,
+            torch.zeros(6, dtype=torch.float64),
+            torch.ones(6, dtype=torch.long),
+            weights=old.softmax(0),
+            beta=0.7,
+            entropy_coef=0.3,
+            kl=kl,
+            ratio="sequence",
+            **RANGE,
+        )
+
+    def exact(logits):
+        p, r = logits.softmax(0), ref.softmax(0)
+        reverse, forward = (p * (p / r).log()).sum(), (r * (r / p).log()).sum()
+        divergence = {"reverse": reverse, "forward": forward, "symmetric": (reverse + forward) / 2}[kl]
+        return 0.7 * divergence + 0.3 * (p * p.log()).sum()
+
+    actual = autograd(lambda x: subject(x)[0], logits)
+    torch.testing.assert_close(actual, numeric_gradient(exact, logits), atol=1e-6, rtol=0)
+
+
+def test_update_divergence_is_the_old_policys():
+    old, new = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).log_softmax(1)
+    repeats = 10_000  # tokens in proportion to the old policy, so that the sum over tokens is its expectation
+    tokens = torch.arange(6).repeat_interleave((old.exp() * repeats).round().long())
+    terms = policy_loss(
+        new[tokens],
+        old[tokens],
+        new[tokens],
+        torch.zeros(len(tokens)),
+        torch.zeros(1),
+        torch.tensor([len(tokens)]),
+        weights=torch.ones(len(tokens)),
+        beta=0.0,
+        entropy_coef=0.0,
+        kl="none",
+        ratio="token",
+        **RANGE,
+    )[1]
+    exact = (old.exp() * (old - new)).sum().item()
+    assert terms.update_kl.item() / terms.tokens.item() == pytest.approx(exact, rel=1e-3)
+    assert exact > 0.1
+
+
+def test_reference_is_not_read_without_a_divergence():
+    b = batch()
+    b["ref_logp"] = torch.full((C,), float("nan"), dtype=torch.float64)
+    loss, terms = policy_loss(
+        **b, lengths=LENGTHS, weights=torch.ones(C), beta=0.1, entropy_coef=0.0, kl="none", ratio="token", **RANGE
+    )
+    assert loss.isfinite() and terms.kl == 0 and terms.symmetric_kl == 0
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="trajectory"):
+        importance_ratio(torch.zeros(C), torch.zeros(C), LENGTHS, "turn")
+    with pytest.raises(ValueError, match="constant"):
+        token_weights(LENGTHS, "mean", total_tokens=C, total_sequences=N, max_length=8)

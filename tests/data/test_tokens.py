@@ -1,0 +1,154 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from agrpo.data.records import DataError
+from agrpo.data.tokens import (
+    DEFAULT_CHAT_TEMPLATE,
+    drop_long,
+    encode_completion,
+    encode_prompt,
+    end_token_id,
+    prepare_tokenizer,
+)
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+DROPS_REASONING = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>"]
+TURNS = [{"role": "user", "content": "What is the colour of the sky?"}]
+
+
+def tokenizer(eos="</s>", adds_bos=False, **settings):
+    """A byte-level BPE trained on a line of text, so that words merge and any text can be encoded."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(
+        ["What is the colour of the sky? The sky is blue. User:\nAssistant:\n<think></think>"] * 9, trainer
+    )
+    if adds_bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", core.token_to_id("<s>")), ("</s>", core.token_to_id("</s>"))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, **settings)
+
+
+def test_a_missing_pad_token_and_template_are_filled_in_and_told():
+    bare = tokenizer()
+    size = len(bare)
+    notes = prepare_tokenizer(bare)
+    assert (bare.pad_token, len(bare), bare.chat_template) == ("</s>", size, DEFAULT_CHAT_TEMPLATE)
+    assert [note.split(":")[0] for note in notes] == [
+        "the tokenizer has no pad token",
+        "the tokenizer has no chat template",
+    ]
+    assert prepare_tokenizer(bare) == []
+
+
+def test_a_complete_tokenizer_keeps_what_it_has_unless_a_template_is_given():
+    complete = tokenizer(pad_token="<pad>", chat_template=CHATML)
+    assert prepare_tokenizer(complete) == []
+    assert (complete.pad_token, complete.chat_template) == ("<pad>", CHATML)
+    assert len(prepare_tokenizer(complete, LLAMA2)) == 1 and complete.chat_template == LLAMA2
+
+
+def test_a_tokenizer_without_an_end_token_is_refused():
+    with pytest.raises(DataError, match=r"no end-of-sequence token; set eos_token"):
+        prepare_tokenizer(tokenizer(eos=None))
+
+
+CASES = {
+    "default": lambda: tokenizer(chat_template=DEFAULT_CHAT_TEMPLATE),
+    "chatml": lambda: tokenizer(eos="<|im_end|>", chat_template=CHATML),
+    "chatml, another eos": lambda: tokenizer(chat_template=CHATML),
+    "chatml, adds bos": lambda: tokenizer(bos_token="<s>", adds_bos=True, chat_template=CHATML),
+    "llama2": lambda: tokenizer(bos_token="<s>", adds_bos=True, chat_template=LLAMA2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "turns", [TURNS, [*TURNS, {"role": "assistant", "content": "Blue."}, *TURNS]], ids=["one", "three"]
+)
+def test_prompt_and_completion_are_the_templates_conversation_up_to_its_end_token(name, turns):
+    subject = CASES[name]()
+    text = "The sky is blue."
+    whole = [*turns, {"role": "assistant", "content": text}]
+    expected = subject.apply_chat_template(whole, tokenize=True, return_dict=False)
+    prompt, completion = encode_prompt(subject, turns), encode_completion(subject, text, turns)
+    assert expected[: len(prompt) + len(completion)] == prompt + completion
+    assert subject.decode(expected[len(prompt) + len(completion) :]).strip() == ""
+    assert (
+        completion[-1]
+        == end_token_id(subject, turns)
+        == subject.convert_tokens_to_ids("<|im_end|>" if name.startswith("chatml") else "</s>")
+    )
+    assert subject.decode(completion[:-1]).strip() == text
+
+
+def test_the_default_template_reads_as_turns_and_completions_begin_without_a_space():
+    subject = CASES["default"]()
+    opened = subject.decode(encode_prompt(subject, TURNS))
+    assert opened == "User:\nWhat is the colour of the sky?</s>\nAssistant:\n"
+    assert subject.decode(encode_completion(subject, "Blue.", TURNS)) == "Blue.</s>"
+
+
+def test_reasoning_that_a_template_drops_is_still_learnt():
+    subject = tokenizer(eos="<|im_end|>", chat_template=DROPS_REASONING)
+    text = "<think>It is day.</think>Blue."
+    assert subject.decode(encode_completion(subject, text, TURNS)) == text + "<|im_end|>"
+
+
+@given(st.text(min_size=1))
+def test_strings_are_plain_tokens_and_end_with_the_end_token(text):
+    subject = PLAIN
+    ids, completion = encode_prompt(subject, text), encode_completion(subject, text, text)
+    assert subject.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert completion == [*ids, subject.eos_token_id]
+
+
+PLAIN = tokenizer()
+
+
+def test_bos_comes_once_where_the_tokenizer_adds_it_and_its_eos_never_ends_a_prompt():
+    adds, plain = tokenizer(bos_token="<s>", adds_bos=True), tokenizer(bos_token="<s>")
+    bos = adds.bos_token_id
+    assert encode_prompt(adds, "the sky") == [bos, *encode_prompt(plain, "the sky")]
+    assert encode_prompt(adds, "<s>the sky").count(bos) == 1
+    assert bos not in encode_completion(adds, "the sky", "of")
+
+
+def test_an_empty_prompt_is_one_token():
+    assert encode_prompt(tokenizer(bos_token="<s>"), "") == encode_prompt(tokenizer(bos_token="<s>", adds_bos=True), "")
+    assert PLAIN.convert_ids_to_tokens(encode_prompt(tokenizer(bos_token="<s>"), "")) == ["<s>"]
+    assert encode_prompt(PLAIN, "") == [PLAIN.eos_token_id]
+
+
+def test_a_template_that_refuses_the_turns_is_an_error_in_words():
+    with pytest.raises(
+        DataError, match=r"refuses turns of system, user: only user and assistant; change the data or model"
+    ):
+        encode_prompt(CASES["llama2"](), [{"role": "system", "content": "Be brief."}, *TURNS])
+
+
+def test_long_items_are_left_out_and_told():
+    kept, report = drop_long("abc", [3, 9, 4], 4, "prompts")
+    assert kept == ["a", "c"]
+    assert report == "left out 1 of 3 prompts: longer than 4 tokens (the longest: 9)"
+    assert drop_long("abc", [3, 4, 4], 4, "prompts") == (["a", "b", "c"], "all 3 prompts have at most 4 tokens")
+    with pytest.raises(DataError, match=r"all 2 prompts are longer than 4 tokens \(the shortest: 5\); raise the limit"):
+        drop_long("ab", [5, 6], 4, "prompts")

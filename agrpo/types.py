@@ -2,7 +2,7 @@
 
 Legend of the whole library:
     P prompts of a step; N completions, in ragged groups that share a prompt; C completion tokens of all N together;
-    K reward functions; H hidden size; V vocabulary. Log-probabilities are natural, in nats, at the sampling temperature.
+    K reward functions; H hidden size; V vocabulary. Log-probabilities are natural (nats), at the sampling temperature.
 
 There is no padding: per-token values are flat (C,), per-completion values (N,). `lengths` (N,) cuts the flat token axis
 into completions, in order; `group` (N,) says which prompt each completion answers and never decreases.
@@ -91,6 +91,8 @@ class Reward(Protocol):
 class RolloutBackend(Protocol):
     """Whatever can generate with the engine's current weights."""
 
-    def generate(self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Any, key: tuple[int, int]) -> Rollout:
+    def generate(
+        self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Any, key: tuple[int, int]
+    ) -> Rollout:
         """Sample counts[p] completions of each prompt; `key` is (seed, step) of the counter-based random streams."""
         ...

@@ -22,7 +22,9 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers: 1e-4 is a float here, where YAML 1.1 reads a string."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -88,7 +90,9 @@ def to_yaml(config: BaseModel) -> str:
             return [redact(v) for v in value]
         return "…redacted…" if isinstance(value, str) and _SECRET.search(key) and key != "added_tokens" else value
 
-    return yaml.safe_dump(redact(config.model_dump(mode="json", by_alias=True)), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        redact(config.model_dump(mode="json", by_alias=True)), sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def explain(error: ValidationError, model: type[BaseModel], path: Path) -> str:

@@ -31,7 +31,9 @@ FAMILIES = {
 }
 FALLBACKS = {
     "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        GPT2Config(
+            vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
     ),
     "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
 }

@@ -25,7 +25,14 @@ class Attend(Protocol):
 
 
 def _attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, attend: Attend, **options: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    attend: Attend,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     return attend(module.layer_idx, query, key, value, options.get("scaling")), None
 
@@ -97,7 +104,9 @@ class FlatAttention:
             if block.prompt_rows == 0:
                 return own(x)
             shape = (block.prompt_rows, block.prompt_width)
-            prompt = _MoveRows.apply(x, block.prompt_places, block.prompt_slots, shape[0] * shape[1]).unflatten(0, shape)
+            prompt = _MoveRows.apply(x, block.prompt_places, block.prompt_slots, shape[0] * shape[1]).unflatten(
+                0, shape
+            )
             return torch.cat([prompt.index_select(0, block.prompt_of_row), own(x)], 1)
 
         out = F.scaled_dot_product_attention(

@@ -18,16 +18,16 @@ from agrpo.config import EngineConfig, RolloutConfig, TrainingConfig
 from agrpo.engine import distributed
 from agrpo.engine.backends.native import NativeBackend, Sampling
 from agrpo.engine.layout import Layout
-from agrpo.engine.modules import Policy, Scorer, causal_lm
+from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.types import Prompt, Rollout
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed  # noqa: E402 (reads the accelerator when it is imported)
+import deepspeed
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # raised by DeepSpeed's own calls
-# On a CPU DeepSpeed would compile a shared-memory collective at start-up; that needs a compiler, and gloo does the work.
+# On a CPU DeepSpeed would compile a shared-memory collective at start-up: that takes a compiler, and gloo will do.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -71,10 +71,12 @@ class HybridEngine:
         kind = getattr(torch, dtype)
         self.reference: Policy | None = None
         if with_reference and not has_adapters:
-            self.reference = _cast(copy.deepcopy(policy), kind).to(self.device).eval().requires_grad_(False)
+            self.reference = cast_weights(copy.deepcopy(policy), kind).to(self.device).eval().requires_grad_(False)
         self._adapters_off = policy.lm.disable_adapter if with_reference and has_adapters else None
         # ZeRO-3 keeps each weight in shards: generation reads a whole copy, made anew when the weights have changed.
-        self._whole = _cast(copy.deepcopy(module), kind).to(self.device).eval() if engine.zero_stage == 3 else None
+        self._whole = (
+            cast_weights(copy.deepcopy(module), kind).to(self.device).eval() if engine.zero_stage == 3 else None
+        )
         if engine.zero_stage == 3:
             deepspeed.zero.register_external_parameter(policy, policy.head)
             if isinstance(module, Scorer):
@@ -203,18 +205,13 @@ class HybridEngine:
 
     def save_state(self, directory: str, tag: str) -> None:
         """Weights and optimiser, by DeepSpeed; every rank must call it."""
-        self._engine.save_checkpoint(directory, tag=tag, client_state={"weight_version": self.weight_version}, save_latest=False)
+        self._engine.save_checkpoint(
+            directory, tag=tag, client_state={"weight_version": self.weight_version}, save_latest=False
+        )
 
     def load_state(self, directory: str, tag: str) -> None:
         _, client_state = self._engine.load_checkpoint(directory, tag=tag)
         self.weight_version = client_state["weight_version"]
-
-
-def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Parameters to dtype, buffers (rotary frequencies) left as they are."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module
 
 
 def _optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:

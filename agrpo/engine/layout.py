@@ -137,9 +137,7 @@ def _blocks(prompt_lengths: Tensor, group_start: Tensor, group: Tensor, lengths:
         mask = causal[None, None] | (in_prompt & (key < before))[:, None, None]
         if bool((prompt_lengths[own] == before).all()):
             mask = mask[:1]
-        blocks.append(
-            Block(len(rows), width, places, slots, len(own), before, prompt_places, prompt_slots, seen, mask)
-        )
+        blocks.append(Block(len(rows), width, places, slots, len(own), before, prompt_places, prompt_slots, seen, mask))
     return blocks
 
 

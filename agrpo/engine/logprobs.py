@@ -10,7 +10,9 @@ from torch import Tensor
 _CHUNK_LOGITS = 1 << 24  # logits of one chunk; 64 MiB in float32
 
 
-def chunked_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def chunked_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """log softmax(hidden·weightᵀ / temperature) at the targets, and the entropy of each distribution.
 
     Args:

@@ -1,4 +1,4 @@
-"""The modules that DeepSpeed trains: a language model that reads a layout, with a chunked head or a score head on it."""
+"""The modules that DeepSpeed trains: a language model that reads a layout, with a chunked or a score head on it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def causal_lm(lm: nn.Module) -> PreTrainedModel:
 class Policy(nn.Module):
     """A causal language model over layouts: forward(layout) → log-probabilities and entropies of its completion tokens.
 
-    Families with flat attention run the flat axis as it is and put the head on completion positions, in chunks. Any other
-    family runs plain rows, each completion behind its own copy of the prompt, through its unmodified forward;
+    Families with flat attention run the flat axis as it is and put the head on completion positions, in chunks. Any
+    other family runs plain rows, each completion behind its own copy of the prompt, through its unmodified forward;
     `fallback_reason` says why.
     """
 
@@ -77,6 +77,13 @@ class Scorer(nn.Module):
         states = hidden.index_select(0, source.index_select(0, tokens))
         logp, _ = chunked_logprobs(states, self.policy.head, layout.targets.index_select(0, tokens))
         return scores, logp
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Parameters to dtype, in place; buffers (rotary frequencies) keep their precision."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def flat_states(body: nn.Module, layout: Layout) -> Tensor:

@@ -41,7 +41,9 @@ class PreferenceEvaluation:
     def in_words(self) -> str:
         """One line for the log; it says so when the model has learned no more than a heuristic."""
         name, best = self.best_heuristic
-        verdict = "" if self.accuracy > best + 0.01 else ": the model has learned nothing that the heuristic does not know"
+        verdict = (
+            "" if self.accuracy > best + 0.01 else ": the model has learned nothing that the heuristic does not know"
+        )
         return f"{self.pairs} held-out pairs: accuracy {self.accuracy:.3f}; best heuristic ({name}) {best:.3f}{verdict}"
 
     def summary(self) -> dict[str, Any]:

@@ -24,14 +24,14 @@ def micro_batches(costs: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def in_step(batches: Sequence[list[int]]) -> Iterator[tuple[list[int], bool, bool]]:
-    """(batch, counts, last) with as many rounds on every rank: ZeRO's collectives need all ranks in each backward.
+def in_step(batches: Sequence[list[int]]) -> Iterator[tuple[int, bool, bool]]:
+    """(index of the batch, counts, last), with as many rounds on every rank: ZeRO needs all ranks in each backward.
 
     A rank that has run out repeats its last batch with counts=False, for a loss of weight 0.
     """
     rounds = distributed.max_over_ranks(len(batches))
     for i in range(rounds):
-        yield batches[min(i, len(batches) - 1)], i < len(batches), i == rounds - 1
+        yield min(i, len(batches) - 1), i < len(batches), i == rounds - 1
 
 
 class Sequences:

@@ -13,7 +13,7 @@ from agrpo.training.update import Coefficients
 
 @dataclass
 class RunningScale:
-    """Running deviation of the rewards, bias-corrected: the unit in which a difference of rewards becomes a confidence."""
+    """Running deviation of the rewards, bias-corrected: the unit in which a reward difference becomes a confidence."""
 
     decay: float = 0.9
     average: float = 0.0

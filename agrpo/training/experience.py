@@ -58,6 +58,30 @@ def estimate_advantages(rewards: Tensor, rollout: Rollout, config: AdvantageConf
     return advantages[before : before + len(rewards)]
 
 
+def ranked_groups(rollout: Rollout, rewards: Tensor) -> list[dict[str, Any]]:
+    """Rows of preference data: each prompt's distinct completions, their level the rank of their reward.
+
+    Completions without a reward are left out, and so are prompts whose completions all have the same one.
+    """
+    groups = []
+    for p, prompt in enumerate(rollout.prompts):
+        of_prompt = (rollout.group == p).nonzero()[:, 0].tolist()
+        scored = {rollout.texts[n]: float(rewards[n]) for n in of_prompt if rollout.texts[n] and rewards[n].isfinite()}
+        ranks = {value: rank for rank, value in enumerate(sorted(set(scored.values())))}
+        if len(ranks) > 1:
+            levels = [ranks[value] for value in scored.values()]
+            groups.append(
+                {
+                    "slot": prompt.slot,
+                    "prompt": prompt.text,
+                    "completions": list(scored),
+                    "levels": levels,
+                    "rewards": list(scored.values()),
+                }
+            )
+    return groups
+
+
 def prune(experience: Experience, rate: float) -> Experience:
     """CPPO: only the completions of largest |A| go on to the update."""
     if rate == 0:

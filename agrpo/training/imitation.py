@@ -14,8 +14,9 @@ def imitate(engine: HybridEngine, batch: Sequences, micro_batch_tokens: int, lea
     """One optimiser step on this rank's demonstrations: the mean over all completion tokens of all ranks."""
     tokens = distributed.sum_over_ranks({"tokens": len(batch.tokens)})["tokens"]
     loss_sum = entropy_sum = 0.0
-    for groups, counts, last in in_step(micro_batches(batch.costs, micro_batch_tokens)):
-        logp, entropy = engine.forward(batch.layout(groups))
+    parts = micro_batches(batch.costs, micro_batch_tokens)
+    for i, counts, last in in_step(parts):
+        logp, entropy = engine.forward(batch.layout(parts[i]))
         loss = -logp.sum() / tokens * counts
         engine.backward(loss, last)
         loss_sum += float(loss.detach())
@@ -35,7 +36,8 @@ def evaluation_loss(
     own = slice(distributed.rank(), None, distributed.world())
     batch = Sequences.of(prompts[own], completions[own])
     total = 0.0
-    for groups, counts, _ in in_step(micro_batches(batch.costs, budget)):
-        total -= float(engine.evaluate(batch.layout(groups))[0].sum()) * counts
+    parts = micro_batches(batch.costs, budget)
+    for i, counts, _ in in_step(parts):
+        total -= float(engine.evaluate(batch.layout(parts[i]))[0].sum()) * counts
     sums = distributed.sum_over_ranks({"loss": total, "tokens": len(batch.tokens)})
     return sums["loss"] / sums["tokens"] if sums["tokens"] else math.nan

@@ -31,7 +31,7 @@ def margin_scale(groups: Sequence[PreferenceGroup]) -> float:
 
 
 def confidence_of(pairs: Pairs, groups: Sequence[PreferenceGroup], margin_scale: float) -> Tensor:
-    """(M,) confidence in [0, 1] of each pair: the smaller of its two completions' confidences, else from the margin, else 1."""
+    """(M,) confidence in [0, 1] of each pair: from its margin, else the smaller of its two completions', else 1."""
     own: list[float] = []
     margin: list[float] = []
     for group in groups:
@@ -66,11 +66,15 @@ def fit_preferences(
         local = batch.group[members] - part[0]
         pairs.append(ordered_pairs(levels[members], local))
         confidences.append(confidence_of(pairs[-1], [groups[g] for g in part], margin_scale))
-        best = torch.zeros(len(part), dtype=levels.dtype).scatter_reduce(0, local, levels[members], "amax", include_self=False)
+        best = torch.zeros(len(part), dtype=levels.dtype).scatter_reduce(
+            0, local, levels[members], "amax", include_self=False
+        )
         spoken.append((levels[members] == best[local]).nonzero()[:, 0])
     strata: Counter[float] = Counter()
     if scheme == "hierarchical":
-        for totals in distributed.gather_objects([stratum_totals(p, c) for p, c in zip(pairs, confidences, strict=True)]):
+        for totals in distributed.gather_objects(
+            [stratum_totals(p, c) for p, c in zip(pairs, confidences, strict=True)]
+        ):
             for part_totals in totals:
                 strata.update(part_totals)
     weights = [pair_weights(p, c, scheme, totals=strata) for p, c in zip(pairs, confidences, strict=True)]
@@ -79,9 +83,8 @@ def fit_preferences(
         {"weight": sum(float(w.sum()) for w in weights), "tokens": tokens, "pairs": sum(len(p.gap) for p in pairs)}
     )
     sums: Counter[str] = Counter()
-    for i, (part, counts, last) in enumerate(in_step(parts)):
-        i = min(i, len(parts) - 1)
-        layout = batch.layout(part)
+    for i, counts, last in in_step(parts):
+        layout = batch.layout(parts[i])
         scores, logp = engine.forward(layout, spoken[i].to(engine.device) if lambda_ < 1 else None)
         here = Pairs(*(value.to(scores.device) for value in (pairs[i].better, pairs[i].worse, pairs[i].gap)))
         weight = weights[i].to(scores.device)
@@ -95,7 +98,7 @@ def fit_preferences(
         if counts:
             uncertainty, _ = preference_uncertainty(scores, here)
             right = (scores[here.better] > scores[here.worse]).sum()
-            sums.update(loss=float(loss), group=float(loss_group), reg=float(loss_reg))
+            sums.update(loss=float(loss.detach()), group=float(loss_group.detach()), reg=float(loss_reg.detach()))
             sums.update(uncertainty=float(uncertainty), right=float(right), tokens=len(layout.ids))
     norm = engine.step(learning_rate)
     names = ("loss", "group", "reg", "uncertainty", "right", "tokens")

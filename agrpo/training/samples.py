@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from agrpo.training.session import Session
 from agrpo.types import Experience
 
 
-def rollout_metrics(experience: Experience, scores: Tensor, rewards: Scores, clock: Sequence[float]) -> dict[str, float]:
+def rollout_metrics(
+    experience: Experience, scores: Tensor, rewards: Scores, clock: Sequence[float]
+) -> dict[str, float]:
     """Of a step's rollout, over all ranks.
 
     Args:
@@ -47,7 +50,7 @@ def rollout_metrics(experience: Experience, scores: Tensor, rewards: Scores, clo
         }
     )
     mean = sums["reward"] / max(1, sums["scored"])
-    generate, reward, update = (after - before for before, after in zip(clock[:-1], clock[1:], strict=True))
+    generate, reward, update = (after - before for before, after in pairwise(clock))
     return {
         "reward": mean,
         "reward_std": max(0.0, sums["square"] / max(1, sums["scored"]) - mean**2) ** 0.5,

@@ -89,8 +89,8 @@ class Session:
             changed = _differences(found[1]["config"], _identity(self.config))
             if changed:
                 raise ConfigError(
-                    f"{self._checkpoints}: holds an unfinished run with another configuration ({', '.join(changed)} differ):"
-                    " give this one another run.name, restore those keys, or start over with checkpoint.resume=false"
+                    f"{self._checkpoints}: holds an unfinished run with another configuration"
+                    f" ({', '.join(changed)} differ): give this one another run.name, restore those keys, or start over with checkpoint.resume=false"
                 )
         return found
 
@@ -135,7 +135,9 @@ class Session:
         """Say how large the model is, what of it learns, and why it is not on the fast path when it is not."""
         total = sum(p.numel() for p in policy.parameters())
         learns = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-        self.log.note(f"model: {causal_lm(policy.lm).config.model_type}, {total:,} parameters, {learns:,} of them learn")
+        self.log.note(
+            f"model: {causal_lm(policy.lm).config.model_type}, {total:,} parameters, {learns:,} of them learn"
+        )
         if policy.fallback_reason is not None:
             self.log.note(f"plain rows instead of the flat layout: {policy.fallback_reason}")
 
@@ -196,6 +198,8 @@ def _provenance() -> str:
     packages = ("torch", "transformers", "deepspeed", "peft")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
     revision = git.stdout.strip() or "unknown"
     return f"# agrpo {agrpo.__version__}, revision {revision}, Python {platform.python_version()}\n# {versions}\n"

@@ -57,11 +57,11 @@ def update_policy(
 ) -> dict[str, float]:
     """`objective.updates_per_rollout` optimiser steps, each over the whole experience of all ranks.
 
-    L = λ·L_group + (1 − λ)·L_policy. The policy that sampled is the one before the first update, so its log-probabilities
-    are those of the first forward, detached: no extra pass. The reference is read once for all updates.
+    L = λ·L_group + (1 − λ)·L_policy. The policy that sampled is the one before the first update, so its
+    log-probabilities are those of the first forward, detached: no extra pass. The reference is read once for all.
 
     Returns:
-        Metrics of the step, means over all ranks: those of the last update, except `loss` and `grad_norm`, of the first.
+        Metrics of the step, means over all ranks: of the last update, except `loss` and `grad_norm`, of the first.
     """
     rollout = experience.rollout
     sequences = Sequences([p.ids for p in rollout.prompts], rollout.group, rollout.lengths, rollout.tokens)
@@ -78,14 +78,14 @@ def update_policy(
     metrics: dict[str, float] = {}
     for update in range(objective.updates_per_rollout):
         sums: Counter[str] = Counter()
-        for (batch, counts, last), layout, b in _aligned(batches, layouts):
-            logp, entropy = engine.forward(layout, sampling.temperature)
+        for b, counts, last in in_step(batches):
+            logp, entropy = engine.forward(layouts[b], sampling.temperature)
             if not counts:
                 engine.backward(0.0 * (logp.sum() + entropy.sum()), last)
                 continue
             old[b] = logp.detach() if old[b] is None else old[b]
             ref = logp.detach() if reference[b] is None else reference[b]
-            m, lengths = members[b], layout.lengths.to(logp.device)
+            m, lengths = members[b], layouts[b].lengths.to(logp.device)
             weights = token_weights(
                 lengths,
                 objective.aggregation,
@@ -117,16 +117,10 @@ def update_policy(
                 loss = loss + coefficients.lambda_ * preference
                 sums.update(observed)
             engine.backward(loss, last)
-            sums.update(loss=float(loss), **_numbers(terms))
+            sums.update(loss=float(loss.detach()), **_numbers(terms))
         norm = engine.step(learning_rate)
         metrics |= _means(distributed.sum_over_ranks(_complete(sums)), norm, update, totals)
     return metrics
-
-
-def _aligned(batches: list[list[int]], layouts: list) -> list:
-    return [
-        (round_, layouts[min(i, len(batches) - 1)], min(i, len(batches) - 1)) for i, round_ in enumerate(in_step(batches))
-    ]
 
 
 def _confidence(pairs: Pairs, rewards: Tensor, scale: float) -> Tensor:
@@ -150,7 +144,9 @@ def _totals(
         for part in distributed.gather_objects([stratum_totals(p, c) for p, c in zip(pairs, confidences, strict=True)]):
             for totals in part:
                 strata.update(totals)
-    weight = sum(float(pair_weights(p, c, scheme, totals=strata).sum()) for p, c in zip(pairs, confidences, strict=True))
+    weight = sum(
+        float(pair_weights(p, c, scheme, totals=strata).sum()) for p, c in zip(pairs, confidences, strict=True)
+    )
     lengths = experience.rollout.lengths
     sums = distributed.sum_over_ranks({"tokens": int(lengths.sum()), "sequences": len(lengths), "weight": weight})
     return _Totals(int(sums["tokens"]), int(sums["sequences"]), sums["weight"], dict(strata))
@@ -174,7 +170,7 @@ def _group_loss(
     on_device = Pairs(*(value.to(scores.device) for value in (pairs.better, pairs.worse, pairs.gap)))
     loss = group_preference_loss(scores, on_device, weights.to(scores.device)) / totals.pair_weight
     uncertainty, count = preference_uncertainty(scores, on_device)
-    return loss, {"group_loss": float(loss), "uncertainty": float(uncertainty), "pairs": count}
+    return loss, {"group_loss": float(loss.detach()), "uncertainty": float(uncertainty), "pairs": count}
 
 
 _GROUP_SUMS = ("group_loss", "uncertainty", "pairs")

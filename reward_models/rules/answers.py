@@ -95,9 +95,10 @@ def _compare(text: str, gold: Answer) -> bool | tuple[str, str, bool]:
     last_line = text.rstrip()[-MAX_EXPRESSION:].rpartition("\n")[2]
     if gold.words is not None:
         return _as_words(_normalise(marked if marked is not None else last_line)) == gold.words
+    solution = gold.text if gold.number is None else str(gold.number)
     if marked is None:
         if gold.number is None or _last_number_is_in_latex(text):
-            return gold.text, last_line, True
+            return solution, last_line, True
         marked = _last_number(text)
         if marked is None:
             return False
@@ -110,7 +111,7 @@ def _compare(text: str, gold: Answer) -> bool | tuple[str, str, bool]:
             return False
     if not candidate.text or len(candidate.text) > MAX_EXPRESSION:
         candidate = Answer("")  # wrong, but still passed on: an unreadable solution abstains whatever the answer
-    return gold.text, candidate.text, False
+    return solution, candidate.text, False
 
 
 def _compare_symbolically(jobs: list[tuple[str, str, bool]]) -> list[float | None]:

@@ -39,7 +39,9 @@ def main(config: SFTConfig) -> None:
     held_out = test = None
     rewards = reward_set(evaluation.rewards) if evaluation.rewards else None
     if evaluation.data is not None:
-        rows, *tokens = encode_groups(read_demonstrations(evaluation.data, log.note), tokenizer, config.max_length, log.note)
+        rows, *tokens = encode_groups(
+            read_demonstrations(evaluation.data, log.note), tokenizer, config.max_length, log.note
+        )
         held_out = encode_prompts(rows, tokenizer, config.max_length, log.note)
     if evaluation.test is not None:
         test = encode_prompts(read_prompts(evaluation.test, log.note), tokenizer, config.max_length, log.note)

@@ -46,7 +46,9 @@ def main(config: RewardConfig) -> None:
     held_out = {}
     for name, source in (("validation", evaluation.data), ("test", evaluation.test)):
         if source is not None:
-            rows, *tokens = encode_groups(read_preference_groups(source, log.note), tokenizer, config.max_length, log.note)
+            rows, *tokens = encode_groups(
+                read_preference_groups(source, log.note), tokenizer, config.max_length, log.note
+            )
             held_out[name] = (rows, Sequences.of(*tokens))
 
     stream = Stream(len(prompts), training.batch_size, config.seed, distributed.rank(), distributed.world())
@@ -76,9 +78,7 @@ def main(config: RewardConfig) -> None:
         log.note(measured.in_words())
     engine.generation_mode()
     whole = engine.whole_module
-    session.finish(
-        results, lambda folder: save_reward_model(whole.policy.lm, whole.score.weight, tokenizer, folder)
-    )
+    session.finish(results, lambda folder: save_reward_model(whole.policy.lm, whole.score.weight, tokenizer, folder))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 import re
-from itertools import combinations, islice
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -109,6 +109,7 @@ def test_right_is_right_and_each_wrong_completion_holds_exactly_one_slip(kind):
         assert sorted(row["levels"]) == ([0, 0, 0, 1] if kind == "reasoned" else [0, 0, 1, 1])
         for completion, level in zip(row["completions"], row["levels"], strict=True):
             assert (completion in allowed) == bool(level)
+            assert len(completion) in map(len, allowed)
             if level or "<think>" not in completion:
                 continue
             total += 1
@@ -124,7 +125,7 @@ def which_slip(completion, expression):
     steps = [re.fullmatch(r"(\d+)([+-])(\d+)=(\d+)", step).groups() for step in thought.split(";")]
     numbers = re.findall(r"\d", expression)
     assert [step[1] for step in steps] == re.findall(r"[+-]", expression)
-    assert all(before[3] == after[0] for before, after in zip(steps, steps[1:], strict=False))
+    assert all(before[3] == after[0] for before, after in pairwise(steps))
     copied = [steps[0][0], *(step[2] for step in steps)]
     found = ["operand"] * sum(mine != theirs for mine, theirs in zip(copied, numbers, strict=True))
     found += ["result"] * sum(int(a) + int(o + b) != int(c) for a, o, b, c in steps)
@@ -140,7 +141,7 @@ def test_the_level_does_not_depend_on_the_place_in_the_group():
 
 
 def test_groups_can_be_larger_and_stay_distinct():
-    for row in islice(chains.preference_groups("validation", count=50, size=9), 50):
+    for row in chains.preference_groups("validation", count=50, size=9):
         assert len(set(row["completions"])) == 9 and sum(row["levels"]) == 1
 
 

@@ -302,7 +302,7 @@ def test_a_bad_row_is_refused_with_place_key_and_mend_or_skipped_and_told(make, 
     skipped = make(data, {}, "skip")
     assert len(skipped) == 1 and len(skipped.skipped) == 1
     assert str(caught.value).startswith(skipped.skipped[0])
-    with pytest.raises(DataError, match="none of 1 rows is usable; the first: data.jsonl:1"):
+    with pytest.raises(DataError, match=r"none of 1 rows is usable; the first: data\.jsonl:1"):
         make(rows(row), {}, "skip")
 
 

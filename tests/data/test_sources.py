@@ -148,6 +148,7 @@ def test_reasoning_gym_entries_come_whole_so_that_its_verifier_scores_them():
     rows = load_rows(source="reasoning_gym:chain_sum", parameters=parameters)
     own = reasoning_gym.create_dataset("chain_sum", **parameters)
     assert [row["question"] for _, row in rows] == [entry["question"] for entry in own]
+    assert [json.loads(row["entry"]) for _, row in rows] == json.loads(json.dumps(list(own)))
     for location, row in rows:
         assert own.score_answer(row["answer"], json.loads(row["entry"])) == 1.0
         assert own.score_answer("no number", json.loads(row["entry"])) < 1.0
@@ -226,6 +227,7 @@ def test_nothing_heavy_is_imported_to_read_a_local_file(tmp_path):
         "import sys; from agrpo.data.sources import load_rows; from agrpo.data.records import demonstrations\n"
         "from agrpo.data import streams, tokens\n"
         f"demonstrations(load_rows(path={str(tmp_path / 'a.jsonl')!r}), {{}})\n"
-        "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow', 'reasoning_gym') if name in sys.modules])"
+        "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'reasoning_gym'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

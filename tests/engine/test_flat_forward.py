@@ -11,6 +11,7 @@ from tiny import FALLBACKS, FAMILIES, ragged
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy, Scorer
 
+
 def padded_oracle(lm, prompts, group, lengths, tokens, temperature):
     """Log-probabilities and entropies by transformers alone, one completion at a time."""
     logps, entropies = [], []
@@ -94,5 +95,5 @@ def test_layout_refuses_what_it_cannot_hold(broken):
         lengths[0] = 0
     else:
         group = group.flip(0)
-    with pytest.raises(ValueError, match="empty|decrease"):
+    with pytest.raises(ValueError, match=r"empty|decrease"):
         build_layout(prompts, group, lengths, tokens)

@@ -18,14 +18,14 @@ def sampler(family, stop=(1,), max_sequences=256):
     policy = Policy({**FAMILIES, **FALLBACKS}[family]().eval())
     torch.nn.init.normal_(policy.head, std=0.3)  # sharp enough that greedy has no near ties
     flat = policy.fallback_reason is None
-    backend = NativeBackend(
-        policy.lm, flat=flat, tokenizer=tokenizer(), stop=stop, max_sequences=max_sequences
-    )
+    backend = NativeBackend(policy.lm, flat=flat, tokenizer=tokenizer(), stop=stop, max_sequences=max_sequences)
     return policy, backend
 
 
 def prompts_of(ids, slots=None):
-    return [Prompt(text="", ids=tuple(i), slot=s, columns={}) for s, i in zip(slots or range(len(ids)), ids, strict=True)]
+    return [
+        Prompt(text="", ids=tuple(i), slot=s, columns={}) for s, i in zip(slots or range(len(ids)), ids, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *FALLBACKS])

@@ -51,14 +51,16 @@ def test_decimals_ratios_money_and_percent_are_exact(value, off):
     assert score(f"<answer>{value + Decimal(off) / 1000}</answer>", str(ratio)) == 0.0
 
 
-@given(
-    st.lists(
-        st.one_of(st.integers(-99, 99).map(str), st.fractions(-9, 9, max_denominator=16).map(str)),
-        min_size=2,
-        max_size=2,
-    )
+WRITTEN_NUMBERS = st.one_of(
+    st.builds("{}/{}".format, st.integers(-6, 6), st.integers(1, 6)),
+    st.builds("\\frac{{{}}}{{{}}}".format, st.integers(-6, 6), st.integers(1, 6)),
+    st.integers(-6, 6).map(str),
+    st.sampled_from(["0.5", "1.50", "-2.0", ".25", "0.333333", "0.33", "1.2"]),
 )
-@settings(max_examples=60, deadline=None)
+
+
+@given(pair=st.tuples(WRITTEN_NUMBERS, WRITTEN_NUMBERS))
+@settings(max_examples=150, deadline=None)
 def test_the_fast_path_agrees_with_math_verify(pair):
     solution, answer = pair
     oracle = verify(parse(f"${solution}$"), parse(f"${answer}$"))
@@ -77,6 +79,7 @@ def test_the_fast_path_agrees_with_math_verify(pair):
         ("[0,1)", "<answer>(0,1)</answer>", 0),
         ("72", "<answer>71+1</answer>", 1),
         ("72", "<answer>\\frac{144}{2}</answer>", 1),
+        ("The answer is 1,200.", "<answer>\\frac{2400}{2}</answer>", 1),
         ("10", "so it is $\\frac{20}{2}$", 1),
         ("2", "so it is $\\frac{1}{2}$", 0),
         ("1/3", "<answer>0.333333</answer>", 1),

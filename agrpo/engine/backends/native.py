@@ -41,7 +41,13 @@ class NativeBackend:
     """
 
     def __init__(
-        self, lm: PreTrainedModel, *, flat: bool, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], max_sequences: int
+        self,
+        lm: PreTrainedModel,
+        *,
+        flat: bool,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[int],
+        max_sequences: int,
     ) -> None:
         self.lm, self.flat, self.tokenizer, self.max_sequences = lm, flat, tokenizer, max_sequences
         self.stop = torch.tensor(list(stop))
@@ -59,7 +65,9 @@ class NativeBackend:
         rows = torch.arange(len(group)).split(self.max_sequences)
         parts = [self._decode(prompts, group[r], None if random is None else random[r], sampling, device) for r in rows]
         tokens, logp, lengths, finished = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-        texts = self.tokenizer.batch_decode([t.tolist() for t in tokens.split(lengths.tolist())], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(
+            [t.tolist() for t in tokens.split(lengths.tolist())], skip_special_tokens=True
+        )
         return Rollout(
             prompts=tuple(prompts),
             group=group,
@@ -109,7 +117,9 @@ class NativeBackend:
 class _FlatCache:
     """Static keys and values, prompts aligned at their ends, for models routed through `attend`."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], mask: Tensor | None, positions: Tensor, used: int) -> None:
+    def __init__(
+        self, keys: list[Tensor], values: list[Tensor], mask: Tensor | None, positions: Tensor, used: int
+    ) -> None:
         self.keys, self.values = keys, values  # a layer: (rows, key heads, prompt width + limit, D)
         self.mask = mask  # (rows, prompt width + limit) 0 or −inf; None where no prompt is padded
         self.positions, self.used, self.rows = positions, used, len(positions)
@@ -118,7 +128,7 @@ class _FlatCache:
     def prefill(
         cls, lm: PreTrainedModel, prompts: list[tuple[int, ...]], which: Tensor, limit: int, device: torch.device
     ) -> tuple[_FlatCache, Tensor]:
-        """Read each prompt once; row r continues prompts[which[r]]. Returns the cache and the first (rows, V) logits."""
+        """Read each prompt once; row r continues prompts[which[r]]. Returns cache and first (rows, V) logits."""
         nothing = torch.zeros(0, dtype=torch.long)
         layout = build_layout(prompts, nothing, nothing, nothing).to(device)
         attend = FlatAttention(layout, store=True)

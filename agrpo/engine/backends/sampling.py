@@ -17,7 +17,9 @@ def uniforms(key: tuple[int, int], streams: Sequence[tuple[int, int]], count: in
     """
     first = (key[0] << 32) | key[1]
     rows = [
-        np.random.Generator(np.random.Philox(key=np.array([first, (slot << 32) | sample], dtype=np.uint64))).random(count)
+        np.random.Generator(np.random.Philox(key=np.array([first, (slot << 32) | sample], dtype=np.uint64))).random(
+            count
+        )
         for slot, sample in streams
     ]
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, count, dtype=torch.float64)
@@ -51,5 +53,7 @@ def draw(logits: Tensor, uniform: Tensor | None, temperature: float, top_p: floa
         # Rounding may put the point on the total itself: then the last token with probability is meant.
         empty = probability.gather(1, token[:, None])[:, 0] == 0
         if bool(empty.any()):
-            token = torch.where(empty, (probability > 0).long().mul(torch.arange(1, z.shape[1] + 1, device=z.device)).argmax(1), token)
+            token = torch.where(
+                empty, (probability > 0).long().mul(torch.arange(1, z.shape[1] + 1, device=z.device)).argmax(1), token
+            )
     return token, z.gather(1, token[:, None])[:, 0] - norm

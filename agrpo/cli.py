@@ -1,0 +1,45 @@
+"""The `agrpo` command: thin. Each stage is the script that `stages/*/run.sh` runs, with the same arguments."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent.parent
+_STAGES = {
+    "sft": "stage1_sft/main.py",
+    "preferences": "stage2_reward/preferences.py",
+    "reward": "stage2_reward/main.py",
+    "train": "stage3_agrpo/main.py",
+}
+_USAGE = """usage: agrpo COMMAND …
+
+  sft          stage 1: supervised fine-tuning      [--config FILE] [key.path=value …] [--print-config]
+  preferences  groups for stage 2, sampled          the same
+  reward       stage 2: a reward model              the same
+  train        stage 3: policy optimisation         the same
+  summary      what a run measured                  DIR [--json]
+  plot         a run's curves                       DIR [--out PNG]
+"""
+
+
+def main() -> int:
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in _STAGES:
+        from agrpo.launch import main as launch
+
+        return launch([str(_ROOT / "stages" / _STAGES[command]), *arguments])
+    if command == "summary":
+        from agrpo.reporting.summary import main as summary
+
+        return summary(arguments)
+    if command == "plot":
+        from agrpo.reporting.plots import main as plot
+
+        return plot(arguments)
+    print(_USAGE, end="", file=sys.stdout if command in ("-h", "--help") else sys.stderr)
+    return 0 if command in ("-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -325,8 +325,8 @@ class PolicyConfig(StageConfig):
             raise ValueError("sampling.num_generations: 1; a group needs at least 2 completions to compare")
         if self.sampling.prompts_per_step < world_size():
             raise ValueError(
-                f"sampling.prompts_per_step: {self.sampling.prompts_per_step} prompts cannot feed {world_size()} processes;"
-                " raise it or lower NPROC"
+                f"sampling.prompts_per_step: {self.sampling.prompts_per_step} prompts cannot feed {world_size()}"
+                " processes; raise it or lower NPROC"
             )
         if self.objective.epsilon_high < self.objective.epsilon_low:
             raise ValueError(
@@ -443,7 +443,7 @@ def _with_previous_stage(config: Any, path: Path) -> Any:
 
 
 def parse_command_line(stage: str, argv: list[str]) -> Any:
-    """The configuration from `[--config FILE] [key.path=value …] [--print-config]`: exits 0 after printing, 2 if wrong."""
+    """The configuration from `[--config FILE] [key.path=value …]`. Exits 0 after --print-config, 2 when it is wrong."""
     parser = argparse.ArgumentParser(prog=f"stages/*{stage}*/run.sh", description=STAGES[stage].__doc__)
     parser.add_argument("--config", type=Path, help="a YAML file (default: the quickstart's)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")

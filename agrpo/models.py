@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from agrpo.config import ModelConfig, TokenizerConfig
 from agrpo.data.tokens import end_token_id, prepare_tokenizer
+from agrpo.types import InputError
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -31,7 +32,7 @@ END, PAD = "<|end|>", "<|pad|>"
 hf_logging.disable_progress_bar()
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model that cannot be loaded: the message says which and what to do."""
 
 

@@ -22,6 +22,10 @@ Conversation = Sequence[Message]
 Text = str | Conversation  # what a row of data holds: a plain string, or the turns of a conversation
 
 
+class InputError(ValueError):
+    """Bad input: the message says what is wrong, where (file, row, key), and the mend. A stage exits 2 on it."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A tokenised prompt of one step. `slot` is its position in the step's global batch: it keys the random stream."""

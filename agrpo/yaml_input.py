@@ -11,10 +11,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from agrpo.types import InputError
+
 _SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A wrong configuration: the message says file, key and the mend."""
 
 

@@ -11,15 +11,14 @@ import pkgutil
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from agrpo.types import Reward
+from agrpo.types import InputError, Reward
 
 _GIVEN = ("prompts", "completions", "completion_ids")  # what every reward is handed; never a parameter
 
 
-class RewardError(ValueError):
+class RewardError(InputError):
     """A reward that the configuration names cannot be made; the message says which and what to do."""
 
 

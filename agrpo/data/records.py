@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Generic, Literal, TypeVar
 
-from agrpo.types import Conversation, Demonstration, PreferenceGroup, Text
+from agrpo.types import Conversation, Demonstration, InputError, PreferenceGroup, Text
 
 T = TypeVar("T")
 OnBadRow = Literal["error", "skip"]
@@ -23,7 +23,7 @@ SKIP_HINT = "(or leave such rows out with data.on_bad_row: skip)"
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turns of Anthropic's HH transcripts
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that cannot be used: the message says file, row, key, what is wrong and the mend."""
 
 

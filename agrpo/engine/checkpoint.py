@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
+from agrpo.types import InputError
 
 MANIFEST = "manifest.json"
 _TAG = "engine"
@@ -22,7 +23,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> None: ...
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be used: the message says which file and what to do."""
 
 

@@ -17,13 +17,12 @@ from typing import Any
 
 import agrpo
 from agrpo.config import StageConfig
-from agrpo.data.records import DataError
 from agrpo.engine import checkpoint, distributed
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.engine.modules import Policy, causal_lm
-from agrpo.models import ModelError
 from agrpo.reporting.metrics import RunLog
 from agrpo.reporting.summary import record
+from agrpo.types import InputError
 from agrpo.yaml_input import ConfigError, to_yaml
 
 RESUME_LATER = 75
@@ -37,7 +36,7 @@ def readable_errors() -> Iterator[None]:
     """Bad input ends with exit code 2 and one message instead of a traceback."""
     try:
         yield
-    except (DataError, ModelError, ConfigError, checkpoint.CheckpointError) as error:
+    except InputError as error:
         if distributed.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -90,7 +89,8 @@ class Session:
             if changed:
                 raise ConfigError(
                     f"{self._checkpoints}: holds an unfinished run with another configuration"
-                    f" ({', '.join(changed)} differ): give this one another run.name, restore those keys, or start over with checkpoint.resume=false"
+                    f" ({', '.join(changed)} differ): give this one another run.name, restore those keys,"
+                    " or start over with checkpoint.resume=false"
                 )
         return found
 

@@ -88,7 +88,7 @@ class DataConfig(Section):
         if (self.source is None) == (self.path is None):
             raise ValueError("give exactly one of source (a Hub id or a task) and path (a local file)")
         if self.path is not None and not self.path.exists():
-            raise ValueError(f"path: {self.path} does not exist")
+            raise ValueError(f"path: {self.path} does not exist; make it first, or correct the path")
         return self
 
 
@@ -411,11 +411,28 @@ def load_config(stage: str, path: Path | None = None, overrides: list[str] | tup
     method = values.get("method", "agrpo")
     if stage == "agrpo" and isinstance(method, str):
         values = merge(METHODS.get(method, {}), values)
+    values = _in_run(values, _run_root(values))
     try:
         config = STAGES[stage].model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error, STAGES[stage], path)) from None
     return _with_previous_stage(config, path)
+
+
+def _run_root(values: dict[str, Any]) -> str:
+    run = values.get("run")
+    run = run if isinstance(run, dict) else {}
+    defaults = RunConfig()
+    return str(Path(str(run.get("dir", defaults.dir))) / str(run.get("name", defaults.name)))
+
+
+def _in_run(value: Any, root: str) -> Any:
+    """`{run}` in any text stands for the run's directory, so that one file serves runs of every name."""
+    if isinstance(value, dict):
+        return {key: _in_run(item, root) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_in_run(item, root) for item in value]
+    return value.replace("{run}", root) if isinstance(value, str) else value
 
 
 def _with_previous_stage(config: Any, path: Path) -> Any:

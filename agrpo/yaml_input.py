@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import typing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +54,14 @@ def set_path(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"command line: {key}: not YAML: {' '.join(str(error).split())}") from None
     here: Any = values
-    *parents, last = key.split(".")
-    for part, following in zip(parents, [*parents[1:], last], strict=True):
-        if isinstance(here, list):
-            here = here[_index(here, part, key)]
-        else:
-            if not isinstance(here.get(part), dict | list):
-                here[part] = [] if following.isdigit() else {}
-            here = here[part]
-    if isinstance(here, list):
-        here[_index(here, last, key)] = value
-    else:
-        here[last] = value
+    parts = key.split(".")
+    for part, following in pairwise(parts):
+        place = _index(here, part, key) if isinstance(here, list) else part
+        inside = here[place] if isinstance(here, list) else here.get(part)
+        if not isinstance(inside, dict | list):
+            inside = here[place] = [] if following.isdigit() else {}
+        here = inside
+    here[_index(here, parts[-1], key) if isinstance(here, list) else parts[-1]] = value
 
 
 def _index(items: list[Any], part: str, key: str) -> int:

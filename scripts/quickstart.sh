@@ -4,18 +4,5 @@
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-directory=runs
-name=quickstart
-for argument in "$@"; do
-    case "$argument" in
-        run.dir=*) directory="${argument#*=}" ;;
-        run.name=*) name="${argument#*=}" ;;
-    esac
-done
-
 bash scripts/setup.sh
-for stage in stage1_sft stage2_reward stage3_agrpo; do
-    bash "stages/$stage/run.sh" "$@"
-done
-exec .venv/bin/python -m agrpo.reporting.summary "$directory/$name"
+exec bash scripts/pipeline.sh configs/quickstart "$@"

@@ -23,11 +23,10 @@ def main(config: SFTConfig) -> None:
     session = Session(config, "sft")
     log, training, evaluation = session.log, config.training, config.evaluation
     data = read_demonstrations(config.data, log.note)
-    require_batch(len(data), training.batch_size, "demonstrations", "training.batch_size")
-
     tokenizer, notes = load_tokenizer(config.model, texts_of(data))
     session.notes(notes)
     _, prompts, completions = encode_groups(data, tokenizer, config.max_length, log.note)
+    require_batch(len(prompts), training.batch_size, "demonstrations", "training.batch_size")
     lm = load_language_model(config.model, tokenizer, config.seed)
     stop = stop_ids(tokenizer, lm)
     policy = Policy(make_trainable(lm, config.model))

@@ -24,11 +24,11 @@ def main(config: RewardConfig) -> None:
     session = Session(config, "reward")
     log, training, evaluation = session.log, config.training, config.evaluation
     data = read_preference_groups(config.data, log.note)
-    require_batch(len(data), training.batch_size, "preference groups", "training.batch_size")
 
     tokenizer, notes = load_tokenizer(config.model)
     session.notes(notes)
     groups, prompts, completions = encode_groups(data, tokenizer, config.max_length, log.note)
+    require_batch(len(prompts), training.batch_size, "preference groups", "training.batch_size")
     scale = margin_scale(groups)
     lm = load_language_model(config.model, tokenizer, config.seed)
     torch.manual_seed(config.seed)

@@ -1,0 +1,66 @@
+"""Runs of the stages as a user starts them: processes of their own, a tiny model, a directory of the test's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAINS = {
+    "sft": "stages/stage1_sft/main.py",
+    "reward": "stages/stage2_reward/main.py",
+    "agrpo": "stages/stage3_agrpo/main.py",
+    "preferences": "stages/stage2_reward/preferences.py",
+}
+_FEW = ["checkpoint.every=0", "evaluation.data.parameters.count=16", "evaluation.test.parameters.count=24"]
+_POLICY = ["evaluation.samples=2", "evaluation.max_completion_length=16"]
+# The quickstart's configurations, cut down to seconds.
+TINY = {
+    "sft": [
+        *("model.config.hidden_size=32", "model.config.intermediate_size=64", "model.config.num_hidden_layers=1"),
+        *("data.parameters.count=256", "training.max_steps=5", "training.batch_size=16", *_FEW, *_POLICY),
+    ],
+    "reward": ["data.parameters.count=128", "training.max_steps=5", "training.batch_size=8", *_FEW],
+    "agrpo": [
+        *("data.parameters.count=64", "training.max_steps=5", "sampling.num_generations=4"),
+        *("sampling.prompts_per_step=4", "sampling.max_completion_length=16", *_FEW, *_POLICY),
+    ],
+    "preferences": [],
+}
+# Tells the completions of an untrained model apart, which are never right.
+LENGTH_REWARD = "rewards=[{target: reward_models.rules.length, scale: 16, target: 4}]"
+
+
+def environment(nproc=1):
+    """This process's, without what makes it a member of a job."""
+    job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK")
+    kept = {key: value for key, value in os.environ.items() if key not in job}
+    return {**kept, "NPROC": str(nproc), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(stage, *arguments):
+    return [sys.executable, "-m", "agrpo.launch", MAINS[stage], *map(str, arguments)]
+
+
+def launch(stage, *arguments, nproc=1, timeout=120):
+    """The finished process of a stage; its stdout and stderr are text."""
+    return subprocess.run(
+        command(stage, *arguments), cwd=ROOT, env=environment(nproc), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def tiny(stage, run, *overrides):
+    """Arguments of a tiny run in the directory `run`; overrides win."""
+    return [f"run.dir={run.parent}", f"run.name={run.name}", *TINY[stage], *overrides]
+
+
+def run_tiny(stage, run, *overrides, nproc=1):
+    """Run a tiny stage that must succeed; its directory."""
+    done = launch(stage, *tiny(stage, run, *overrides), nproc=nproc)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return run / stage
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,146 @@
+"""docs/configuration.md and the configuration name the same keys, with the same types and defaults."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from agrpo.config import METHODS, STAGES
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+# Where a heading's tables apply, and which of them a stage's keys are found under.
+EVERY, SFT, PREFERENCES, REWARD, POLICY = "Every stage", "Stage 1", "Preferences", "Stage 2", "Stage 3"
+STAGES_OF = {
+    EVERY: ("sft", "reward", "agrpo"),
+    SFT: ("sft",),
+    PREFERENCES: ("preferences",),
+    REWARD: ("reward",),
+    POLICY: ("agrpo",),
+}
+HEADINGS_OF = {
+    "sft": (EVERY, SFT),
+    "preferences": (EVERY, POLICY, PREFERENCES),
+    "reward": (EVERY, REWARD),
+    "agrpo": (EVERY, POLICY),
+}
+# Sections that stand in several places and are described in one.
+ELSEWHERE = ("evaluation.data.", "evaluation.test.", "evaluation.rewards[].")
+
+
+def type_of(node: dict[str, Any]) -> str:
+    """A JSON schema's node in the words of the tables: `float in (0, 1]`, `one of 0, 1`, `str or null`."""
+    if "anyOf" in node:
+        return " or ".join(type_of(one) for one in node["anyOf"])
+    if "enum" in node or "const" in node:
+        return "one of " + ", ".join(map(str, node.get("enum", [node.get("const")])))
+    if "prefixItems" in node:
+        return f"{len(node['prefixItems'])} × {type_of(node['prefixItems'][0])}"
+    if "$ref" in node:
+        return "section"
+    if node["type"] == "array":
+        return f"list of {type_of(node['items'])}s"
+    if node["type"] in ("integer", "number"):
+        return {"integer": "int", "number": "float"}[node["type"]] + _bounds(node)
+    named = {"string": "str", "boolean": "bool", "object": "mapping", "null": "null"}[node["type"]]
+    return "path" if node.get("format") == "path" else named
+
+
+def _bounds(node: dict[str, Any]) -> str:
+    low = next((f"{mark}{node[key]:g}" for key, mark in _LOW.items() if key in node), None)
+    high = next((f"{node[key]:.10g}{mark}" for key, mark in _HIGH.items() if key in node), None)
+    if low and high:
+        return f" in {low}, {high}"
+    return "" if low is None else f" {'≥' if low[0] == '[' else '>'} {low[1:]}"
+
+
+_LOW = {"minimum": "[", "exclusiveMinimum": "("}
+_HIGH = {"maximum": "]", "exclusiveMaximum": ")"}
+
+
+def keys_of(stage: str) -> dict[str, tuple[str, str]]:
+    """Every key of a stage that can be set: dotted path → (type, default)."""
+    schema = STAGES[stage].model_json_schema()
+    found: dict[str, tuple[str, str]] = {}
+
+    def walk(node: dict[str, Any], path: str, defaults: Any) -> None:
+        for name, field in node["properties"].items():
+            key = f"{path}{name}"
+            default = defaults.get(name, field.get("default", ...)) if isinstance(defaults, dict) else ...
+            nested = [one for one in (field, *field.get("anyOf", ()), field.get("items", {})) if "$ref" in one]
+            if "$ref" not in field:
+                found[key] = (type_of(field), "required" if default is ... else _yaml(default))
+            for one in nested:
+                inside = f"{key}[]." if field.get("type") == "array" else f"{key}."
+                if not inside.startswith(ELSEWHERE):
+                    walk(schema["$defs"][one["$ref"].rsplit("/", 1)[-1]], inside, default if default else {})
+
+    walk(schema, "", {})
+    return found
+
+
+def _yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def documented() -> dict[str, dict[str, tuple[str, str]]]:
+    """The rows of the tables: heading → key → (type, default)."""
+    tables: dict[str, dict[str, tuple[str, str]]] = {heading: {} for heading in STAGES_OF}
+    heading = ""
+    for line in TEXT.splitlines():
+        if line.startswith("## "):
+            heading = next((known for known in STAGES_OF if line[3:].startswith(known)), "")
+        if heading and (row := re.match(r"\| `([^`]+)` \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", line)):
+            key, kind, default, meaning = (cell.strip() for cell in row.groups())
+            assert key not in tables[heading], f"{key} stands twice under {heading}"
+            assert meaning, f"{key} has no meaning"
+            tables[heading][key] = (kind, default.strip("`"))
+        elif heading and line.startswith("| `"):
+            raise AssertionError(f"not a row of four cells: {line}")
+    return tables
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_key_is_documented_with_its_type_and_default(stage):
+    tables = documented()
+    rows = {key: row for heading in HEADINGS_OF[stage] for key, row in tables[heading].items()}
+    for key, expected in keys_of(stage).items():
+        assert key in rows, f"docs/configuration.md does not name {key} of stage {stage}"
+        assert rows[key] == expected, f"{key} of stage {stage}"
+
+
+@pytest.mark.parametrize("heading", STAGES_OF)
+def test_every_documented_key_exists(heading):
+    rows = documented()[heading]
+    assert rows
+    for stage in STAGES_OF[heading]:
+        assert set(rows) - set(keys_of(stage)) == set(), f"{heading}: not in the configuration of stage {stage}"
+
+
+def test_every_preset_is_documented_setting_by_setting():
+    def settings(values, path=""):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from settings(value, f"{path}{key}.")
+            else:
+                yield f"{path}{key}", value
+
+    for method, values in METHODS.items():
+        (row,) = re.findall(rf"^\| `{method}` \|.*$", TEXT, re.MULTILINE)
+        told = re.findall(r"`([\w.]+)=([^`]*)`", row)
+        assert [(key, yaml.safe_load(value)) for key, value in told] == list(settings(values)), method
+
+
+def test_files_that_the_docs_name_exist():
+    # Not of configuration's tables alone: any path in backquotes or link below the repository's folders, in any page.
+    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("stages/*/README.md")]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"`((?:agrpo|reward_models|stages|configs|scripts|tests|docs)/[\w./-]*)`", text)
+        for path in named:
+            assert (ROOT / path).exists(), f"{page.relative_to(ROOT)} names {path}"
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"

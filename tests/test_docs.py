@@ -41,7 +41,7 @@ def type_of(node: dict[str, Any]) -> str:
     if "$ref" in node:
         return "section"
     if node["type"] == "array":
-        return f"list of {type_of(node['items'])}s"
+        return f"list of {type_of(node['items'])}"
     if node["type"] in ("integer", "number"):
         return {"integer": "int", "number": "float"}[node["type"]] + _bounds(node)
     named = {"string": "str", "boolean": "bool", "object": "mapping", "null": "null"}[node["type"]]
@@ -65,17 +65,18 @@ def keys_of(stage: str) -> dict[str, tuple[str, str]]:
     schema = STAGES[stage].model_json_schema()
     found: dict[str, tuple[str, str]] = {}
 
-    def walk(node: dict[str, Any], path: str, defaults: Any) -> None:
+    def walk(node: dict[str, Any], path: str, defaults: dict[str, Any]) -> None:
         for name, field in node["properties"].items():
             key = f"{path}{name}"
-            default = defaults.get(name, field.get("default", ...)) if isinstance(defaults, dict) else ...
+            default = defaults.get(name, field.get("default", ...))
             nested = [one for one in (field, *field.get("anyOf", ()), field.get("items", {})) if "$ref" in one]
             if "$ref" not in field:
                 found[key] = (type_of(field), "required" if default is ... else _yaml(default))
             for one in nested:
                 inside = f"{key}[]." if field.get("type") == "array" else f"{key}."
                 if not inside.startswith(ELSEWHERE):
-                    walk(schema["$defs"][one["$ref"].rsplit("/", 1)[-1]], inside, default if default else {})
+                    section = schema["$defs"][one["$ref"].rsplit("/", 1)[-1]]
+                    walk(section, inside, default if isinstance(default, dict) else {})
 
     walk(schema, "", {})
     return found

@@ -86,12 +86,10 @@ def main() -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         summaries = list(pool.map(lambda seed: run(seed, threads), options.seeds))
     print(f"Goals: {GOALS}.\n")
-    print(
-        "| seed | pass@1 | pass@8 | greedy | mean length | mixed groups | reward model (heuristic) | seconds | reached |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(markdown(COLUMNS))
+    print(markdown("---" for _ in COLUMNS))
     for summary in summaries:
-        print(row(summary))
+        print(markdown(row(summary)))
     return 0 if all(map(reached, summaries)) else 1
 
 

@@ -29,7 +29,7 @@ TINY = {
     "preferences": [],
 }
 # Tells the completions of an untrained model apart, which are never right.
-LENGTH_REWARD = "rewards=[{target: reward_models.rules.length, scale: 16}]"
+LENGTH_REWARD = "rewards=[{target: reward_models.rules.length, scale: 16, tokens: 4}]"
 
 
 def environment(nproc=1):

@@ -1,5 +1,6 @@
 """Wrong configurations are refused before anything heavy loads; what --print-config prints is a configuration."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import pytest
 import yaml
 from stage_runs import ROOT, environment, launch
 
-from agrpo.config import load_config
+from agrpo.config import RewardSpec, load_config
 from agrpo.yaml_input import to_yaml
+from reward_models import rules
 
 QUICKSTART = ROOT / "configs" / "quickstart"
 MODEL = "model.name_or_path=elsewhere/model"  # stage 3 without a stage 1 before it
@@ -112,8 +114,8 @@ def test_shipped_configurations_are_valid_once_the_stages_before_them_have_run(f
     monkeypatch.chdir(tmp_path)
     for made in ("sft/model", "reward/model", "preferences"):
         (tmp_path / "runs" / file.parent.name / made).mkdir(parents=True)
-    for data in re.findall(r"path: ([\w./-]+)", file.read_text()):
-        Path(data).touch()
+    for data in re.findall(r'path: "?([\w./{}-]+)', file.read_text()):
+        Path(data.format(run=f"runs/{file.parent.name}")).touch()
     assert load_config(file.stem, file).run.name == file.parent.name
 
 
@@ -153,6 +155,11 @@ def test_a_method_is_only_its_settings(tmp_path):
 )
 def test_numbers_are_numbers(override, read):
     assert load_config("sft", None, [override]).training.learning_rate == read
+
+
+@pytest.mark.parametrize("rule", [name for name, rule in vars(rules).items() if inspect.isfunction(rule)])
+def test_every_parameter_of_a_shipped_rule_can_be_configured(rule):
+    assert not RewardSpec.model_fields.keys() & inspect.signature(getattr(rules, rule)).parameters.keys()
 
 
 def test_the_default_file_is_the_quickstarts(tmp_path):

@@ -19,13 +19,13 @@ def length(
     completion_ids: Ids = None,
     *,
     scale: int,
-    target: int = 0,
+    tokens: int = 0,
     **columns: list[Any],
 ) -> list[float | None]:
-    """−|n − target| / scale for n tokens, never below −1. With target 0 a plain linear penalty on length."""
-    if scale <= 0 or target < 0:
-        raise ValueError(f"length needs scale > 0 and target ≥ 0, got {scale} and {target}")
-    return [-min(1.0, abs(n - target) / scale) for n in _lengths(completion_ids, "length")]
+    """−|n − tokens| / scale for a completion of n, never below −1. With tokens 0 a plain linear penalty on length."""
+    if scale <= 0 or tokens < 0:
+        raise ValueError(f"length needs scale > 0 and tokens ≥ 0, got {scale} and {tokens}")
+    return [-min(1.0, abs(n - tokens) / scale) for n in _lengths(completion_ids, "length")]
 
 
 def overlong(

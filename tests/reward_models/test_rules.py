@@ -101,9 +101,9 @@ def test_overlong_is_zero_then_a_straight_line_to_minus_one():
         rules.overlong([""], [""], [[0]], limit=10, buffer=20)
 
 
-def test_length_falls_linearly_away_from_its_target():
+def test_length_falls_linearly_away_from_its_best():
     ids = [[0] * n for n in (0, 5, 10, 15, 1000)]
-    assert rules.length([""] * 5, [""] * 5, ids, scale=10, target=10) == pytest.approx([-1, -0.5, 0, -0.5, -1])
+    assert rules.length([""] * 5, [""] * 5, ids, scale=10, tokens=10) == pytest.approx([-1, -0.5, 0, -0.5, -1])
     assert rules.length([""] * 5, [""] * 5, ids, scale=100) == pytest.approx([0, -0.05, -0.1, -0.15, -1])
 
 

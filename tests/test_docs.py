@@ -1,5 +1,6 @@
-"""docs/configuration.md and the configuration name the same keys, with the same types and defaults."""
+"""The docs and the code name the same settings, with the same types and defaults, the same rules and files."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from agrpo.config import METHODS, STAGES
+from reward_models import rules
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -135,12 +137,19 @@ def test_every_preset_is_documented_setting_by_setting():
         assert [(key, yaml.safe_load(value)) for key, value in told] == list(settings(values)), method
 
 
+@pytest.mark.parametrize("name", rules.__all__)
+def test_every_rule_is_documented_with_its_columns_and_parameters(name):
+    page = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if re.match(r"\| `", line) and f"`{name}`" in line.split("|")[1])
+    parameters = inspect.signature(getattr(rules, name)).parameters.values()
+    own = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "finished"}  # finished: of every reward
+    assert own == set(re.findall(r"`(\w+)`", "".join(row.split("|")[2:4])))
+
+
 def test_files_that_the_docs_name_exist():
-    # Not of configuration's tables alone: any path in backquotes or link below the repository's folders, in any page.
-    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("stages/*/README.md")]
-    for page in pages:
+    for page in [*(ROOT / "docs").glob("*.md"), *ROOT.glob("stages/*/README.md")]:
         text = page.read_text(encoding="utf-8")
-        named = re.findall(r"`((?:agrpo|reward_models|stages|configs|scripts|tests|docs)/[\w./-]*)`", text)
+        named = re.findall(r"`((?:agrpo|reward_models|stages|configs|scripts|tests)/(?:[\w./-]*(?:/|\.\w+))?)`", text)
         for path in named:
             assert (ROOT / path).exists(), f"{page.relative_to(ROOT)} names {path}"
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):

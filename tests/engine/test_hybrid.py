@@ -1,0 +1,206 @@
+"""One engine over ZeRO 0 to 3: it trains as plain torch does, and generates with the weights it has just trained."""
+
+import math
+
+import deepspeed
+import peft
+import pytest
+import torch
+from tiny import FAMILIES, ragged, tokenizer
+
+from agrpo.config import EngineConfig, LoraConfig, ModelConfig, TrainingConfig
+from agrpo.engine.backends.native import Sampling
+from agrpo.engine.hybrid import HybridEngine, TrainingDiverged
+from agrpo.engine.layout import build_layout
+from agrpo.engine.modules import Policy
+from agrpo.models import make_trainable
+from agrpo.types import Prompt
+
+STAGES = [0, 1, 2, 3]
+PROMPTS = [Prompt(text="", ids=tuple(ids), slot=slot, columns={}) for slot, ids in enumerate(ragged(9)[0])]
+GREEDY = Sampling(12, greedy=True)
+
+
+def model(family="llama-untied", sharp=True):
+    torch.manual_seed(0)
+    lm = FAMILIES[family]()
+    if sharp:
+        torch.nn.init.normal_(lm.get_output_embeddings().weight, std=0.3)  # greedy has no near ties
+    return lm
+
+
+def engine_of(lm, zero_stage, dtype="float32", with_reference=False, offload="none", checkpointing=False, **training):
+    return HybridEngine(
+        Policy(lm),
+        engine=EngineConfig(zero_stage=zero_stage, offload=offload, activation_checkpointing=checkpointing),
+        training=TrainingConfig(max_steps=1, **training),
+        tokenizer=tokenizer(),
+        stop=[1],
+        dtype=dtype,
+        with_reference=with_reference,
+    )
+
+
+def layouts():
+    return [build_layout(*ragged(seed)) for seed in (1, 2)]
+
+
+def train(engine, steps, rate, factors=(1.0,)):
+    """Steps of two micro-batches each; the loss of every step, and the norms."""
+    losses, norms = [], []
+    for step in range(steps):
+        total = 0.0
+        for layout, last in zip(layouts(), (False, True), strict=True):
+            loss = -engine.forward(layout)[0].mean() / 2 * factors[step % len(factors)]
+            engine.backward(loss, last)
+            total += loss.item()
+        losses.append(total)
+        norms.append(engine.step(rate))
+    return losses, norms
+
+
+def train_plainly(lm, steps, rate, factors=(1.0,), clipping=1.0, weight_decay=0.0):
+    """The same by torch and unmodified transformers."""
+    decays = [p for p in lm.parameters() if p.ndim >= 2]
+    rest = [p for p in lm.parameters() if p.ndim < 2]
+    optimiser = torch.optim.AdamW(
+        [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}], rate, (0.9, 0.95)
+    )
+    losses, norms = [], []
+    for step in range(steps):
+        loss = torch.zeros(())
+        for seed in (1, 2):
+            prompts, group, lengths, tokens = ragged(seed)
+            logps = []
+            for p, completion in zip(group.tolist(), tokens.split(lengths.tolist()), strict=True):
+                ids = torch.cat([torch.tensor(prompts[p]), completion])
+                logp = lm(input_ids=ids[None]).logits[0, len(prompts[p]) - 1 : -1].log_softmax(-1)
+                logps.append(logp.gather(1, completion[:, None])[:, 0])
+            loss = loss - torch.cat(logps).mean() / 2 * factors[step % len(factors)]
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(lm.parameters(), clipping)))
+        optimiser.step()
+        optimiser.zero_grad()
+    return losses, norms
+
+
+def weights(engine):
+    """What is trained, gathered from wherever ZeRO keeps it."""
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_stage == 3):
+            found[name.removeprefix("lm.")] = parameter.detach().clone()
+    return found
+
+
+VARIANTS = [*({"zero_stage": stage} for stage in STAGES), {"zero_stage": 2, "offload": "cpu"}]
+VARIANTS += [{"zero_stage": stage, "checkpointing": True} for stage in (0, 3)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_training_equals_plain_torch(variant):
+    factors = (1.0, 50.0, 1.0)  # the second gradient is clipped far more than the others
+    how = {"gradient_clipping": 0.5, "weight_decay": 0.1}
+    plain = model()
+    expected = train_plainly(plain, 3, 1e-3, factors, clipping=0.5, weight_decay=0.1)
+    engine = engine_of(model(), **variant, **how)
+    losses, norms = train(engine, 3, 1e-3, factors)
+    assert losses == pytest.approx(expected[0], rel=1e-5)
+    assert norms == pytest.approx(expected[1], rel=1e-4)
+    for name, value in weights(engine).items():
+        assert (value - plain.get_parameter(name)).abs().max() < 2e-5, name
+    assert engine.weight_version == 3
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_generation_follows_the_weights(zero_stage):
+    engine = engine_of(model(), zero_stage)
+    before = engine.generate(PROMPTS, [1] * 3, GREEDY, (0, 0))
+    assert before.weight_version == 0
+    train(engine, 1, 0.03)
+    after = engine.generate(PROMPTS, [1] * 3, GREEDY, (0, 0))
+    assert after.weight_version == 1
+    assert after.tokens.tolist() != before.tokens.tolist()
+
+    plain = model()
+    train_plainly(plain, 1, 0.03)
+    for prompt, tokens in zip(PROMPTS, after.tokens.split(after.lengths.tolist()), strict=True):
+        ids = torch.tensor([prompt.ids])
+        expected = plain.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=1, pad_token_id=0)
+        assert tokens.tolist() == expected[0, len(prompt.ids) :].tolist()
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_generating_changes_no_parameter_and_no_training(zero_stage):
+    engine, straight = engine_of(model(), zero_stage), engine_of(model(), zero_stage)
+    train(engine, 1, 1e-3)
+    train(straight, 1, 1e-3)
+    before = weights(engine)
+    engine.generate(PROMPTS, [3] * 3, Sampling(12), (0, 0))
+    assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+    if zero_stage == 3:
+        status = {p.ds_status.name for p in engine.module.parameters()}
+        assert status == {"NOT_AVAILABLE"}  # still in shards
+    assert train(engine, 2, 1e-3) == train(straight, 2, 1e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bfloat16_accumulates_small_steps_in_float32_and_keeps_the_rotary_frequencies(zero_stage):
+    lm = model("qwen2-tied", sharp=False)
+    frequencies = {name: value.clone() for name, value in lm.named_buffers()}
+    engine = engine_of(lm, zero_stage, "bfloat16", with_reference=True, learning_rate=1e-4)
+    rate, steps = 1e-4, 60  # of weights at 1, where bfloat16 has steps of 0.004: without a float32 master none moves
+    train(engine, steps, rate)
+    assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
+    moved = (weights(engine)["model.norm.weight"].float() - 1).abs().max()
+    assert 0.5 * rate * steps < moved < 2 * rate * steps
+    for module in (engine.module, engine.whole_module, engine.reference):
+        buffers = {name.removeprefix("lm."): value for name, value in module.named_buffers()}
+        assert buffers.keys() == frequencies.keys()
+        for name, value in buffers.items():
+            assert value.dtype == torch.float32 and torch.equal(value, frequencies[name]), name
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(zero_stage, bad):
+    engine = engine_of(model(), zero_stage)
+    train(engine, 1, 1e-3)
+    before = weights(engine)
+    with pytest.raises(TrainingDiverged, match=r"norm is .* at weight version 1: lower training.learning_rate"):
+        train(engine, 1, 1e-3, factors=(bad,))
+    assert engine.weight_version == 1
+    assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_the_reference_stays_what_it_was(zero_stage):
+    engine = engine_of(model(), zero_stage, with_reference=True)
+    (layout, _) = layouts()
+    with torch.no_grad():
+        expected = Policy(model()).eval()(layout, 0.7)[0]
+    train(engine, 2, 1e-2)
+    torch.testing.assert_close(engine.reference_logprobs(layout, 0.7), expected, atol=1e-5, rtol=0)
+    assert (engine.evaluate(layout, 0.7)[0] - expected).abs().mean() > 0.1
+    with pytest.raises(RuntimeError, match="without a reference"):
+        engine_of(model(), 0).reference_logprobs(layout)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_with_lora_the_reference_is_the_base_model_without_a_copy(zero_stage):
+    lora = ModelConfig(name_or_path="x", lora=LoraConfig(rank=4, alpha=8.0))
+    lm = make_trainable(model(), lora)
+    assert isinstance(lm, peft.PeftModel)
+    engine = engine_of(lm, zero_stage, with_reference=True)
+    assert engine.has_reference and engine.reference is None
+    before = weights(engine)
+    (layout, _) = layouts()
+    with torch.no_grad():
+        base = Policy(model()).eval()(layout)[0]
+    torch.testing.assert_close(engine.evaluate(layout)[0], base, atol=1e-5, rtol=0)  # adapters begin at zero
+    train(engine, 3, 1e-2)
+    torch.testing.assert_close(engine.reference_logprobs(layout), base, atol=1e-5, rtol=0)
+    assert (engine.evaluate(layout)[0] - base).abs().mean() > 0.01  # and the adapters are on again
+    changed = {name for name, value in weights(engine).items() if not torch.equal(value, before[name])}
+    assert changed and all("lora_" in name for name in changed)

@@ -1,0 +1,69 @@
+"""Two ranks learn what one rank learns, whatever the micro-batches, in all three stages."""
+
+import pytest
+from stage_runs import LENGTH_REWARD, rows, run_tiny
+
+STAGES = ("sft", "reward", "agrpo")
+COMMON = ["evaluation.data=null", "evaluation.test=null", "training.learning_rate=1e-3", "logging.samples_per_step=99"]
+OWN = {
+    "sft": [],
+    "reward": ["objective.pair_weighting=hierarchical", "centring=0.01"],
+    "agrpo": [LENGTH_REWARD, "controllers.lambda.value=0.3", "objective.entropy_coef=0.01"],
+}
+EXACT = {"reward", "reward_std", "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"}
+EXACT |= {"num_tokens", "learning_rate"}
+CLOSE = {"loss", "grad_norm", "entropy", "accuracy", "kl", "agrpo/kl_symmetric", "agrpo/kl_update", "agrpo/lambda"}
+CLOSE |= {"agrpo/advantage_variance", "agrpo/group_loss", "agrpo/regulariser", "agrpo/uncertainty", "agrpo/beta"}
+CLOSE |= {"agrpo/epsilon", "clip_ratio/region_mean"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """All three stages by one rank, each step one micro-batch."""
+    run = tmp_path_factory.mktemp("runs") / "alone"
+    for stage in STAGES:
+        run_tiny(stage, run, *COMMON, *OWN[stage])
+    return run
+
+
+def other(alone, run, stage, *overrides, nproc):
+    """The same stage done otherwise, from the same model."""
+    model = [] if stage == "sft" else [f"model.name_or_path={alone / 'sft' / 'model'}"]
+    return run_tiny(stage, run, *COMMON, *OWN[stage], *model, *overrides, nproc=nproc)
+
+
+def assert_same_curves(directory, expected):
+    for row, alone in zip(rows(directory / "metrics.jsonl"), rows(expected / "metrics.jsonl"), strict=True):
+        assert row.keys() == alone.keys()
+        for key in row.keys() & EXACT:
+            assert row[key] == pytest.approx(alone[key], rel=1e-9), (row["step"], key)
+        for key in row.keys() & CLOSE:
+            assert row[key] == pytest.approx(alone[key], rel=1e-4, abs=2e-7), (row["step"], key)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_in_small_micro_batches_give_the_curve_of_one(alone, stage, tmp_path):
+    split = ["engine.zero_stage=2", "training.micro_batch_tokens=70"]
+    directory = other(alone, tmp_path / "two", stage, *split, nproc=2)
+    assert_same_curves(directory, alone / stage)
+    if stage == "agrpo":
+        assert_same_samples(directory, alone / stage)
+
+
+def test_two_ranks_that_shard_the_weights_give_the_curve_of_one(alone, tmp_path):
+    directory = other(alone, tmp_path / "two", "agrpo", "engine.zero_stage=3", nproc=2)
+    assert_same_curves(directory, alone / "agrpo")
+    assert_same_samples(directory, alone / "agrpo")
+
+
+def assert_same_samples(directory, expected):
+    """Rank 0 of two keeps the completions of every second prompt."""
+    mine, alone = rows(directory / "samples.jsonl"), rows(expected / "samples.jsonl")
+    assert len(alone) == 5 * 16 and len(mine) == 5 * 8
+    assert len({row["completion"] for row in alone}) > 40
+    for step in range(5):
+        here = [row for row in mine if row["step"] == step]
+        there = [row for row in alone if row["step"] == step]
+        for row, same in zip(here, [*there[0:4], *there[8:12]], strict=True):
+            assert (row["prompt"], row["completion"]) == (same["prompt"], same["completion"])
+            assert row["advantage"] == pytest.approx(same["advantage"], rel=1e-4, abs=1e-6)

@@ -106,20 +106,28 @@ class TrainingConfig(Section):
 
 
 class SamplingConfig(Section):
-    num_generations: Annotated[int, Field(ge=1)] = 8
-    prompts_per_step: Count = 8
+    num_generations: Annotated[int, Field(ge=2)] = 8  # of a prompt: a group needs two to compare
     max_prompt_length: Count = 512
     max_completion_length: Count = 512
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
-class GroupLossConfig(Section):
-    """The confidence-weighted group preference loss, in the reward stage and, weighted by λ, in the policy stage."""
+class StepSamplingConfig(SamplingConfig):
+    prompts_per_step: Count = 8
+
+
+class PairLossConfig(Section):
+    """The confidence-weighted group preference loss."""
+
+    pair_weighting: Literal["confidence", "hierarchical", "uniform"] = "confidence"
+
+
+class GroupLossConfig(PairLossConfig):
+    """The same in the policy stage, where a completion's score is the reward that the policy implies."""
 
     implicit_reward: Literal["sum", "mean"] = "mean"
     alpha: Positive = 1.0  # scale of the implicit reward
-    pair_weighting: Literal["confidence", "hierarchical", "uniform"] = "confidence"
 
 
 class ObjectiveConfig(Section):
@@ -145,7 +153,7 @@ class BetaController(Section):
 
 class EpsilonController(Section):
     kind: Literal["fixed", "adaptive"] = "adaptive"
-    target: Positive | None = None  # KL(π_old‖π) after an update, nats a token; default ε²/8
+    target: Positive | None = None  # KL(π_old‖π) before a rollout's last update, nats a token; default ε²/8
     gain: Positive = 0.02
     bounds: tuple[Positive, Positive] = (0.1, 0.5)
 
@@ -156,6 +164,13 @@ class LambdaController(Section):
     target: Fraction = 0.9  # τ, the uncertainty that λ is driven to
     gain: Positive = 0.02
     bounds: tuple[Fraction, Fraction] = (0.05, 0.9)
+
+    @model_validator(mode="after")
+    def _starts_inside(self) -> Self:
+        low, high = self.bounds
+        if self.kind == "adaptive" and not low <= self.value <= high:
+            raise ValueError(f"value: {self.value} is outside bounds [{low}, {high}]; widen them, or set kind to fixed")
+        return self
 
 
 class ControllersConfig(Section):
@@ -228,16 +243,31 @@ class CheckpointConfig(Section):
     resume: bool = True  # continue from the newest whole checkpoint of this run
 
 
-class EvaluationConfig(Section):
+class HeldOutConfig(Section):
     every: Annotated[int, Field(ge=0)] = 0  # steps between evaluations on `data`; 0: none before the end
     data: DataConfig | None = None  # validation: watched while it runs
     test: DataConfig | None = None  # measured once, at the end
+
+
+class EvaluationConfig(HeldOutConfig):
+    """Held-out prompts, graded by rewards."""
+
     test_before: bool = False  # also before the first step, to compare with
     samples: Count = 8  # completions a prompt for pass@1 and pass@k
     temperature: Positive = 1.0
     max_completion_length: Count = 512
     rewards: list[RewardSpec] = []  # a completion passes when their weighted sum reaches pass_at
     pass_at: float = 1.0
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.test is not None and not self.rewards:
+            raise ValueError(
+                "test: needs evaluation.rewards to grade completions, such as reward_models.rules.accuracy"
+            )
+        if self.test_before and self.test is None:
+            raise ValueError("test_before: needs evaluation.test, the prompts to measure")
+        return self
 
 
 class LoggingConfig(Section):
@@ -255,7 +285,7 @@ class StageConfig(Section):
     training: TrainingConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: HeldOutConfig = HeldOutConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property
@@ -270,10 +300,6 @@ class StageConfig(Section):
             )
         if self.engine.offload == "cpu" and self.engine.zero_stage == 0:
             raise ValueError("engine.offload: cpu needs engine.zero_stage 1, 2 or 3")
-        if self.training.batch_size < world_size():
-            raise ValueError(
-                f"training.batch_size: {self.training.batch_size} is smaller than the {world_size()} processes"
-            )
         return self
 
 
@@ -281,11 +307,13 @@ class SFTConfig(StageConfig):
     """Stage 1: supervised fine-tuning."""
 
     max_length: Count = 2048  # tokens of prompt and completion; longer demonstrations are left out and counted
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _has_model(self) -> Self:
         if self.model.name_or_path is None and self.model.gguf is None and self.model.config is None:
             raise ValueError("model: stage 1 starts the pipeline: give one of name_or_path, gguf and config")
+        _require_a_row_each(self.training)
         return self
 
 
@@ -293,23 +321,30 @@ class RewardConfig(StageConfig):
     """Stage 2: a reward model from preference groups."""
 
     max_length: Count = 2048
-    objective: GroupLossConfig = GroupLossConfig()
+    objective: PairLossConfig = PairLossConfig()
     margin: Annotated[float, Field(ge=0)] = 0.0  # of score, asked of every pair
     centring: Annotated[float, Field(ge=0)] = 0.0  # weight of (s_i + s_j)², which keeps scores around 0
     lambda_: LambdaController = Field(LambdaController(value=0.9, target=0.3), alias="lambda")
+
+    @model_validator(mode="after")
+    def _trained_before(self) -> Self:
+        _require_a_row_each(self.training)
+        _refuse_new_model(self.model)
+        return self
 
 
 class PolicyConfig(StageConfig):
     """Stage 3: policy optimisation."""
 
     method: Literal["agrpo", "grpo", "dr_grpo"] = "agrpo"
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: StepSamplingConfig = StepSamplingConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     controllers: ControllersConfig = ControllersConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     pruning: PruningConfig = PruningConfig()
     rewards: Annotated[list[RewardSpec], Field(min_length=1)]
     rollout: RolloutConfig = RolloutConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @property
     def needs_reference(self) -> bool:
@@ -321,8 +356,6 @@ class PolicyConfig(StageConfig):
 
     @model_validator(mode="after")
     def _group_sizes(self) -> Self:
-        if self.sampling.num_generations < 2:
-            raise ValueError("sampling.num_generations: 1; a group needs at least 2 completions to compare")
         if self.sampling.prompts_per_step < world_size():
             raise ValueError(
                 f"sampling.prompts_per_step: {self.sampling.prompts_per_step} prompts cannot feed {world_size()}"
@@ -334,10 +367,48 @@ class PolicyConfig(StageConfig):
             )
         if self.objective.kl == "none" and self.objective.beta > 0 and "beta" in self.objective.model_fields_set:
             raise ValueError("objective.beta: has no effect with kl: none; set kl, or beta to 0")
+        if self.evaluation.data is not None and not self.evaluation.rewards:
+            raise ValueError("evaluation.data: needs evaluation.rewards to grade completions")
+        if self.model.lora is not None and self.model.lora.dropout > 0:
+            raise ValueError(
+                "model.lora.dropout: log-probabilities of the same tokens must not be noisy here; set it to 0"
+            )
+        _refuse_new_model(self.model)
+        self._controllers_start_inside()
         names = [spec.label for spec in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two have the same name in {names}; tell them apart with name:")
         return self
+
+    def _controllers_start_inside(self) -> None:
+        for name, key, start, one, moves in (
+            ("beta", "objective.beta", self.objective.beta, self.controllers.beta, self.objective.kl != "none"),
+            (
+                "epsilon",
+                "objective.epsilon_low",
+                self.objective.epsilon_low,
+                self.controllers.epsilon,
+                self.objective.updates_per_rollout > 1,
+            ),
+        ):
+            low, high = one.bounds
+            if one.kind == "adaptive" and moves and not low <= start <= high:
+                raise ValueError(
+                    f"{key}: {start} is outside controllers.{name}.bounds [{low}, {high}];"
+                    f" widen them, or set controllers.{name}.kind to fixed"
+                )
+
+
+def _refuse_new_model(model: ModelConfig) -> None:
+    if model.config is not None:
+        raise ValueError(
+            "model.config: only stage 1 makes a model from a configuration; name a model that stage 1 trained"
+        )
+
+
+def _require_a_row_each(training: TrainingConfig) -> None:
+    if training.batch_size < world_size():
+        raise ValueError(f"training.batch_size: {training.batch_size} is smaller than the {world_size()} processes")
 
 
 class PreferencesConfig(Section):
@@ -390,7 +461,15 @@ def world_size() -> int:
     """Processes of this job, as torchrun or the launcher's environment says; 1 before either."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    return int(os.environ.get("NPROC") or 1) * int(os.environ.get("NNODES") or 1)
+    return count_from_environment("NPROC") * count_from_environment("NNODES")
+
+
+def count_from_environment(name: str) -> int:
+    """A positive number from the environment; 1 where it is not set."""
+    text = os.environ.get(name) or "1"
+    if not text.isdigit() or int(text) == 0:
+        raise ConfigError(f"environment: {name}={text} is not a positive number of processes or nodes")
+    return int(text)
 
 
 def load_config(stage: str, path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Any:
@@ -404,6 +483,10 @@ def load_config(stage: str, path: Path | None = None, overrides: list[str] | tup
     Raises:
         ConfigError: says file, key and the mend.
     """
+    if stage == "preferences" and path is None:
+        raise ConfigError(
+            "preferences: has no default: give --config FILE, such as configs/smollm2-135m/preferences.yaml"
+        )
     path = path or _CONFIGS / "quickstart" / f"{stage}.yaml"
     values = read_yaml(path)
     for override in overrides:
@@ -442,14 +525,13 @@ def _with_previous_stage(config: Any, path: Path) -> Any:
         model = model.model_copy(update={"name_or_path": str(config.run_root / "sft" / "model")})
         config = config.model_copy(update={"model": model})
     named = [("model.name_or_path", model.name_or_path)]
-    if isinstance(config, PolicyConfig):
-        filled = []
-        for spec in config.rewards:
-            if spec.target == "reward_models.learned" and "model" not in spec.parameters:
-                spec = RewardSpec(**spec.model_dump(), model=str(config.run_root / "reward" / "model"))
-            filled.append(spec)
-            named.append((f"rewards: {spec.label}", spec.parameters.get("model")))
-        config = config.model_copy(update={"rewards": filled})
+    if isinstance(config, PolicyConfig | PreferencesConfig):
+        config = config.model_copy(update={"rewards": _with_reward_model(config.rewards, config)})
+        named += [(f"rewards: {spec.label}", spec.parameters.get("model")) for spec in config.rewards]
+    if isinstance(config, PolicyConfig | SFTConfig):
+        rewards = _with_reward_model(config.evaluation.rewards, config)
+        config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"rewards": rewards})})
+        named += [(f"evaluation.rewards: {spec.label}", spec.parameters.get("model")) for spec in rewards]
     for key, name in named:
         if name and Path(name).parts[:1] == config.run.dir.parts[:1] and not Path(name).exists():
             stage = "stage2_reward" if "/reward/" in name else "stage1_sft"
@@ -459,8 +541,21 @@ def _with_previous_stage(config: Any, path: Path) -> Any:
     return config
 
 
+def _with_reward_model(rewards: list[RewardSpec], config: Any) -> list[RewardSpec]:
+    """A learned reward without a model is the one that stage 2 of this run leaves."""
+    model = str(config.run_root / "reward" / "model")
+    return [
+        RewardSpec(**spec.model_dump(), model=model)
+        if spec.target == "reward_models.learned" and "model" not in spec.parameters
+        else spec
+        for spec in rewards
+    ]
+
+
 def parse_command_line(stage: str, argv: list[str]) -> Any:
     """The configuration from `[--config FILE] [key.path=value …]`. Exits 0 after --print-config, 2 when it is wrong."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # rewards of one's own: torchrun's workers and console scripts do not look there
     parser = argparse.ArgumentParser(prog=f"stages/*{stage}*/run.sh", description=STAGES[stage].__doc__)
     parser.add_argument("--config", type=Path, help="a YAML file (default: the quickstart's)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")

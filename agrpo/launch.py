@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from agrpo.config import parse_command_line
+from agrpo.config import count_from_environment, parse_command_line
+from agrpo.yaml_input import ConfigError
 
 
 def stage_of(main: Path) -> str:
@@ -26,7 +27,7 @@ def stage_of(main: Path) -> str:
 def processes() -> int:
     """NPROC, or one for each GPU, or one."""
     if os.environ.get("NPROC"):
-        return int(os.environ["NPROC"])
+        return count_from_environment("NPROC")
     if shutil.which("nvidia-smi") is None:
         return 1
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
@@ -35,7 +36,11 @@ def processes() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     script, *arguments = sys.argv[1:] if argv is None else argv
-    count, nodes = processes(), int(os.environ.get("NNODES") or 1)
+    try:
+        count, nodes = processes(), count_from_environment("NNODES")
+    except ConfigError as error:
+        print(f"configuration error: {error}", file=sys.stderr)
+        return 2
     os.environ["NPROC"] = str(count)
     parse_command_line(stage_of(Path(script)), arguments)  # exits 0 or 2
     if count == 1 and nodes == 1:

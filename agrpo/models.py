@@ -169,6 +169,11 @@ def make_trainable(lm: PreTrainedModel, config: ModelConfig) -> nn.Module:
         return get_peft_model(lm, options)
     if config.trainable_layers is not None:
         body = lm.get_decoder()
+        if not hasattr(body, "layers") or not hasattr(body, "norm"):
+            raise ModelError(
+                f"model.trainable_layers: does not know where {lm.config.model_type} keeps its layers and final norm;"
+                " leave it out, or use model.lora"
+            )
         layers = list(body.layers)
         if config.trainable_layers > len(layers):
             raise ModelError(

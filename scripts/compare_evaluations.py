@@ -49,9 +49,7 @@ def main() -> None:
     parser.add_argument("after", type=Path)
     parser.add_argument("--samples-per-prompt", type=int, required=True, help="evaluation.samples of both")
     parser.add_argument("--by", help="a column of the data")
-    parser.add_argument(
-        "--show", type=int, default=0, help="prompts whose greedy completions are shown, evenly spaced"
-    )
+    parser.add_argument("--show", type=int, default=0, help="prompts whose greedy completions are shown, evenly spaced")
     options = parser.parse_args()
     before, after = read(options.before), read(options.after)
     if [question(r) for r in before] != [question(r) for r in after]:

@@ -155,7 +155,7 @@ def policy_loss(
     Args:
         logp: (C,) nats, of the policy, with gradient.
         old_logp: (C,) nats, of the policy that sampled; `logp.detach()` when that is the same.
-        ref_logp: (C,) nats, of the reference; not read when kl is `none` (pass `logp.detach()`).
+        ref_logp: (C,) nats, of the reference; `logp.detach()` where there is none, which reports a divergence of 0.
         entropy: (C,) nats, of the policy's next-token distribution, with gradient.
         advantages: (N,).
         lengths: (N,) tokens.
@@ -174,7 +174,7 @@ def policy_loss(
     rho = importance_ratio(logp, old_logp, lengths, ratio)  # (C,)
     token_rho = importance_ratio(logp, old_logp, lengths, "token").detach()  # (C,)
     token_advantages = per_token(advantages, lengths)  # (C,)
-    log_ratio = torch.zeros_like(logp) if kl == "none" else logp - ref_logp  # (C,)
+    log_ratio = logp - ref_logp  # (C,)
 
     policy = (weights * clipped_surrogate(rho, token_advantages, epsilon_low, epsilon_high, dual_clip)).sum()
     penalty = (weights * surrogate(kl)(log_ratio, token_rho)).sum()

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from agrpo.config import DataConfig
+from agrpo.config import DataConfig, world_size
 from agrpo.data.records import DataError, PromptRow, Records, Rows, demonstrations, preference_groups, prompts
 from agrpo.data.sources import load_rows
 from agrpo.data.tokens import drop_long, encode_completion, encode_prompt
@@ -61,6 +61,7 @@ def encode_prompts(
     ]
     kept, report = drop_long(made, [len(i) for i in ids], limit, "prompts")
     note(report)
+    require_batch(len(kept), world_size(), "prompts", "NPROC")
     return [Prompt(p.text, p.ids, slot, p.columns) for slot, p in enumerate(kept)]
 
 
@@ -77,6 +78,7 @@ def encode_groups(
     what = "demonstrations" if rows and isinstance(rows[0], Demonstration) else "preference groups"
     kept, report = drop_long(list(range(len(rows))), lengths, limit, what)
     note(report)
+    require_batch(len(kept), world_size(), what, "NPROC")
     return [rows[i] for i in kept], [prompt_ids[i] for i in kept], [completions[i] for i in kept]
 
 

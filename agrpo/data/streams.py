@@ -7,6 +7,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from agrpo.types import InputError
+
 
 class Stream(Iterator[list[tuple[int, int]]]):
     """Endless global batches of row indices, of which each rank takes the slots rank, rank + world, ….
@@ -52,11 +54,11 @@ class Stream(Iterator[list[tuple[int, int]]]):
         """Continue where `state` was taken.
 
         Raises:
-            ValueError: it was taken with other data, batch size, seed or shuffling, so its position means nothing here.
+            InputError: it was taken with other data, batch size, seed or shuffling, so its position means nothing here.
         """
         for key, value in self._identity().items():
             if state[key] != value:
-                raise ValueError(
+                raise InputError(
                     f"the checkpoint's data stream has {key} {state[key]}, this run's has {value}; "
                     "restore that setting or the data, or start a new run"
                 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from agrpo.reporting.files import replace, to_json
 
 STAGES = {"sft": "SFT", "reward": "reward model", "agrpo": "A-GRPO"}
 FILE = "summary.json"
+_MEASURED = re.compile(r"test_pass(\d+)")
 
 
 def record(run_root: Path, section: str, values: Mapping[str, Any], seconds: float, seed: int) -> None:
@@ -82,12 +84,9 @@ def _rows(stage: str, summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("best heuristic", _percent(values.get("best_heuristic")), "on the same pairs"))
     else:
         before = summary.get("sft", {}) if stage == "agrpo" else {}
-        for key, what in {
-            "test_pass1": "test pass@1",
-            "test_pass8": "test pass@8",
-            "test_greedy": "test greedy",
-        }.items():
-            if key in values:
+        for key in values:
+            what = _MEASURED.sub(r"test pass@\1", key) if _MEASURED.fullmatch(key) else "test greedy"
+            if _MEASURED.fullmatch(key) or key == "test_greedy":
                 rows.append((what, _percent(values[key]), _change(before.get(key), values[key])))
         if values.get("mean_length") is not None:
             rows.append(("mean length", f"{values['mean_length']:.1f}", "tokens"))

@@ -14,6 +14,8 @@ from agrpo.config import AdvantageConfig
 from agrpo.engine import distributed
 from agrpo.types import Experience, Rollout, Text
 
+_GIVEN = ("prompts", "completions", "completion_ids")  # what every reward gets; a column of that name stays out
+
 
 class Scores(Protocol):
     """A set of rewards with weights (reward_models.compose.RewardSet)."""
@@ -31,7 +33,7 @@ def score(rewards: Scores, rollout: Rollout) -> Tensor:
         text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(of, rollout.texts, strict=True)
     ]
-    names = dict.fromkeys(name for prompt in rollout.prompts for name in prompt.columns)
+    names = dict.fromkeys(name for prompt in rollout.prompts for name in prompt.columns if name not in _GIVEN)
     columns = {name: [prompt.columns.get(name) for prompt in of] for name in names}
     columns["finished"] = rollout.finished.tolist()
     ids = [t.tolist() for t in rollout.tokens.split(rollout.lengths.tolist())]

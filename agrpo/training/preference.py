@@ -82,7 +82,7 @@ def fit_preferences(
     totals = distributed.sum_over_ranks(
         {"weight": sum(float(w.sum()) for w in weights), "tokens": tokens, "pairs": sum(len(p.gap) for p in pairs)}
     )
-    sums: Counter[str] = Counter()
+    sums: Counter[str] = Counter(tokens=len(batch.tokens))
     for i, counts, last in in_step(parts):
         layout = batch.layout(parts[i])
         scores, logp = engine.forward(layout, spoken[i].to(engine.device) if lambda_ < 1 else None)
@@ -99,7 +99,7 @@ def fit_preferences(
             uncertainty, _ = preference_uncertainty(scores, here)
             right = (scores[here.better] > scores[here.worse]).sum()
             sums.update(loss=float(loss.detach()), group=float(loss_group.detach()), reg=float(loss_reg.detach()))
-            sums.update(uncertainty=float(uncertainty), right=float(right), tokens=len(layout.ids))
+            sums.update(uncertainty=float(uncertainty), right=float(right))
     norm = engine.step(learning_rate)
     names = ("loss", "group", "reg", "uncertainty", "right", "tokens")
     total = distributed.sum_over_ranks({name: float(sums[name]) for name in names})

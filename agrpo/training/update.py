@@ -71,9 +71,9 @@ def update_policy(
     pairs = [ordered_pairs(experience.rewards[m], rollout.group[m] - rollout.group[m].min()) for m in members]
     totals = _totals(experience, members, pairs, coefficients, objective)
     epsilon_high = coefficients.epsilon * objective.epsilon_high / objective.epsilon_low
-    reference = [
-        engine.reference_logprobs(layout, sampling.temperature) if engine.has_reference else None for layout in layouts
-    ]
+    reference: list[Tensor | None] = [None] * len(batches)
+    for b, _, _ in in_step(batches) if engine.has_reference else ():
+        reference[b] = engine.reference_logprobs(layouts[b], sampling.temperature)
     old: list[Tensor | None] = [None] * len(batches)
     metrics: dict[str, float] = {}
     for update in range(objective.updates_per_rollout):

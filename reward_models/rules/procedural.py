@@ -35,7 +35,7 @@ def reasoning_gym(
         ImportError: reasoning-gym is not installed.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ImportError("procedural tasks need reasoning-gym: pip install agrpo[math]")
+        raise ImportError("procedural tasks need reasoning-gym: pip install agrpo[tasks]")
     entries = [_entry(row) for row in entry]
     answers = [_answer(completion_text(completion)) for completion in completions]
     jobs = [(a, e) for a, e in zip(answers, entries, strict=True) if e is not None]

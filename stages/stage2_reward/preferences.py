@@ -6,6 +6,7 @@ import torch
 
 from agrpo.config import PreferencesConfig, parse_command_line
 from agrpo.data.load import encode_prompts, read_prompts
+from agrpo.data.records import DataError
 from agrpo.engine import distributed
 from agrpo.engine.backends.native import NativeBackend, Sampling
 from agrpo.engine.modules import Policy, cast_weights
@@ -42,6 +43,11 @@ def main(config: PreferencesConfig) -> None:
         (g for part in distributed.gather_objects(ranked_groups(rollout, rewards.total(scores))) for g in part),
         key=lambda g: g["slot"],
     )
+    if len(groups) < 2:
+        raise DataError(
+            f"data: {len(groups)} of {len(prompts)} prompts gave completions of different reward; bring other prompts,"
+            " more sampling.num_generations, or another reward"
+        )
     if distributed.rank() == 0:
         config.out.mkdir(parents=True, exist_ok=True)
         cut = round(len(groups) * (1 - config.held_out))

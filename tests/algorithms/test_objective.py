@@ -281,13 +281,14 @@ def test_update_divergence_is_the_old_policys():
     assert exact > 0.1
 
 
-def test_reference_is_not_read_without_a_divergence():
+def test_without_a_divergence_the_reference_is_reported_but_not_learned_from():
     b = batch()
-    b["ref_logp"] = torch.full((C,), float("nan"), dtype=torch.float64)
-    loss, terms = policy_loss(
-        **b, lengths=LENGTHS, weights=torch.ones(C), beta=0.1, entropy_coef=0.0, kl="none", ratio="token", **RANGE
-    )
-    assert loss.isfinite() and terms.kl == 0 and terms.symmetric_kl == 0
+    options = dict(lengths=LENGTHS, weights=torch.ones(C), beta=0.1, entropy_coef=0.0, ratio="token", **RANGE)
+    loss, terms = policy_loss(**b, kl="none", **options)
+    moved, there = policy_loss(**{**b, "ref_logp": b["ref_logp"] - 1}, kl="none", **options)
+    assert moved == loss and terms.kl == there.kl == 0
+    assert there.symmetric_kl != terms.symmetric_kl
+    assert terms.symmetric_kl == policy_loss(**b, kl="symmetric", **options)[1].symmetric_kl
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

@@ -15,18 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 # Where a heading's tables apply, and which of them a stage's keys are found under.
 EVERY, SFT, PREFERENCES, REWARD, POLICY = "Every stage", "Stage 1", "Preferences", "Stage 2", "Stage 3"
+GRADING = "Grading"
 STAGES_OF = {
     EVERY: ("sft", "reward", "agrpo"),
+    GRADING: ("sft", "agrpo"),
     SFT: ("sft",),
     PREFERENCES: ("preferences",),
     REWARD: ("reward",),
     POLICY: ("agrpo",),
 }
 HEADINGS_OF = {
-    "sft": (EVERY, SFT),
+    "sft": (EVERY, GRADING, SFT),
     "preferences": (EVERY, POLICY, PREFERENCES),
     "reward": (EVERY, REWARD),
-    "agrpo": (EVERY, POLICY),
+    "agrpo": (EVERY, GRADING, POLICY),
 }
 # Sections that stand in several places and are described in one.
 ELSEWHERE = ("evaluation.data.", "evaluation.test.", "evaluation.rewards[].")

@@ -24,6 +24,7 @@ from agrpo.types import Prompt, Rollout
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+from deepspeed.utils import safe_set_full_fp32_param
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # raised by DeepSpeed's own calls
@@ -82,6 +83,8 @@ class HybridEngine:
             if isinstance(module, Scorer):
                 deepspeed.zero.register_external_parameter(module, policy.head)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        halved = dtype != "float32"
+        exact = {name: p.detach().clone() for name, p in module.named_parameters() if halved and p.requires_grad}
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=_optimizer(module, training),
@@ -90,6 +93,11 @@ class HybridEngine:
         # DeepSpeed's cast to bfloat16 takes the rotary frequencies along, which the pretrained model holds in float32.
         for name, buffer in self._engine.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
+        # Its master weights start from that cast. Then every one lies on bfloat16's grid, and the first updates, smaller
+        # than half a grid step, would move nothing.
+        for name, parameter in self._engine.module.named_parameters():
+            if name in exact:
+                safe_set_full_fp32_param(parameter, exact.pop(name).to(self.device))
         self._backend = self._native_backend(rollout or RolloutConfig())
         self._gathered = -1  # the weight version of the whole copy
 

@@ -20,6 +20,7 @@ _USAGE = """usage: agrpo COMMAND …
   train        stage 3: policy optimisation         the same
   summary      what a run measured                  DIR [--json]
   plot         a run's curves                       DIR [--out PNG]
+  theory       how far training can move a prompt   --beta B --group-size G|inf [--pass-rate Q] [--plot FILE] [--json]
 """
 
 
@@ -37,6 +38,10 @@ def main() -> int:
         from agrpo.reporting.plots import main as plot
 
         return plot(arguments)
+    if command == "theory":
+        from agrpo.theory import main as theory
+
+        return theory(arguments)
     print(_USAGE, end="", file=sys.stdout if command in ("-h", "--help") else sys.stderr)
     return 0 if command in ("-h", "--help") else 2
 

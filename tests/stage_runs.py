@@ -36,7 +36,7 @@ def environment(nproc=1):
     """This process's, without what makes it a member of a job."""
     job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK")
     kept = {key: value for key, value in os.environ.items() if key not in job}
-    return {**kept, "NPROC": str(nproc), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**kept, "NPROC": str(nproc), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
 def command(stage, *arguments):
@@ -60,6 +60,23 @@ def run_tiny(stage, run, *overrides, nproc=1):
     done = launch(stage, *tiny(stage, run, *overrides), nproc=nproc)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return run / stage
+
+
+def tiny_policy(folder):
+    """A tiny untrained policy with the quickstart's tokenizer, as a stage would leave it; its folder."""
+    from agrpo.config import ModelConfig, TokenizerConfig
+    from agrpo.models import load_language_model, load_tokenizer, save_language_model
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True}
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    config = ModelConfig(
+        config={"model_type": "qwen2", **sizes, **more, "initializer_range": 0.1},
+        tokenizer=TokenizerConfig(kind="characters", added_tokens=tags),
+    )
+    tokenizer, _ = load_tokenizer(config, ["0123456789+-=;"])
+    save_language_model(load_language_model(config, tokenizer, 0), tokenizer, folder)
+    return folder
 
 
 def rows(path):

@@ -93,8 +93,8 @@ class HybridEngine:
         # DeepSpeed's cast to bfloat16 takes the rotary frequencies along, which the pretrained model holds in float32.
         for name, buffer in self._engine.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
-        # Its master weights start from that cast. Then every one lies on bfloat16's grid, and the first updates, smaller
-        # than half a grid step, would move nothing.
+        # Its master weights start from that cast: all would lie on bfloat16's grid, and the first updates, smaller
+        # than half a grid step, would move no weight of the computation.
         for name, parameter in self._engine.module.named_parameters():
             if name in exact:
                 safe_set_full_fp32_param(parameter, exact.pop(name).to(self.device))

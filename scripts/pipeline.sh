@@ -11,17 +11,20 @@ python=.venv/bin/python
 [ -x "$python" ] || python=python3
 
 directory=runs
-name=$(basename "$configs")
+name=$(basename "$configs") # as the run is called in the folder's files
+everywhere=()               # what the sampling of preferences understands too
 for argument in "$@"; do
     case "$argument" in
         run.dir=*) directory="${argument#*=}" ;;
         run.name=*) name="${argument#*=}" ;;
     esac
+    case "$argument" in run.* | seed=*) everywhere+=("$argument") ;; esac
 done
 
 bash stages/stage1_sft/run.sh --config "$configs/sft.yaml" "$@"
 if [ -f "$configs/preferences.yaml" ]; then
-    "$python" -m agrpo.launch stages/stage2_reward/preferences.py --config "$configs/preferences.yaml" "$@"
+    "$python" -m agrpo.launch stages/stage2_reward/preferences.py --config "$configs/preferences.yaml" \
+        "${everywhere[@]}"
 fi
 bash stages/stage2_reward/run.sh --config "$configs/reward.yaml" "$@"
 bash stages/stage3_agrpo/run.sh --config "$configs/agrpo.yaml" "$@"

@@ -26,9 +26,9 @@ def run(seed: int, threads: int) -> dict[str, Any]:
     name = f"quickstart-seed{seed}"
     command = ["bash", "scripts/pipeline.sh", "configs/quickstart", f"run.name={name}", f"seed={seed}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with (ROOT / f"{name}.log").open("w") as log:
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with (ROOT / "runs" / f"{name}.log").open("w", encoding="utf-8") as log:
         subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
-    (ROOT / f"{name}.log").unlink()
     return json.loads((ROOT / "runs" / name / "summary.json").read_text())
 
 

@@ -43,7 +43,7 @@ def command(stage, *arguments):
     return [sys.executable, "-m", "agrpo.launch", MAINS[stage], *map(str, arguments)]
 
 
-def launch(stage, *arguments, nproc=1, timeout=120):
+def launch(stage, *arguments, nproc=1, timeout=600):
     """The finished process of a stage; its stdout and stderr are text."""
     return subprocess.run(
         command(stage, *arguments), cwd=ROOT, env=environment(nproc), capture_output=True, text=True, timeout=timeout

@@ -53,3 +53,20 @@ def tokenizer():
     backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(97)}, unk_token="t0"))
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t1", pad_token="t0")
+
+
+def engine_of(lm, zero_stage=0, dtype="float32", with_reference=False, offload="none", checkpointing=False, **training):
+    """A HybridEngine around a language model."""
+    from agrpo.config import EngineConfig, TrainingConfig
+    from agrpo.engine.hybrid import HybridEngine
+    from agrpo.engine.modules import Policy
+
+    return HybridEngine(
+        Policy(lm),
+        engine=EngineConfig(zero_stage=zero_stage, offload=offload, activation_checkpointing=checkpointing),
+        training=TrainingConfig(max_steps=1, **training),
+        tokenizer=tokenizer(),
+        stop=[1],
+        dtype=dtype,
+        with_reference=with_reference,
+    )

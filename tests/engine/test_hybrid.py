@@ -6,11 +6,11 @@ import deepspeed
 import peft
 import pytest
 import torch
-from tiny import FAMILIES, ragged, tokenizer
+from tiny import FAMILIES, engine_of, ragged
 
-from agrpo.config import EngineConfig, LoraConfig, ModelConfig, TrainingConfig
+from agrpo.config import LoraConfig, ModelConfig
 from agrpo.engine.backends.native import Sampling
-from agrpo.engine.hybrid import HybridEngine, TrainingDiverged
+from agrpo.engine.hybrid import TrainingDiverged
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy
 from agrpo.models import make_trainable
@@ -27,18 +27,6 @@ def model(family="llama-untied", sharp=True):
     if sharp:
         torch.nn.init.normal_(lm.get_output_embeddings().weight, std=0.3)  # greedy has no near ties
     return lm
-
-
-def engine_of(lm, zero_stage, dtype="float32", with_reference=False, offload="none", checkpointing=False, **training):
-    return HybridEngine(
-        Policy(lm),
-        engine=EngineConfig(zero_stage=zero_stage, offload=offload, activation_checkpointing=checkpointing),
-        training=TrainingConfig(max_steps=1, **training),
-        tokenizer=tokenizer(),
-        stop=[1],
-        dtype=dtype,
-        with_reference=with_reference,
-    )
 
 
 def layouts():

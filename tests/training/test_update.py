@@ -1,0 +1,235 @@
+"""The policy update through a real engine, against the objective written out on plain transformers."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny import FAMILIES, engine_of, ragged
+
+from agrpo.config import AdvantageConfig, GroupLossConfig, ObjectiveConfig, SamplingConfig, TrainingConfig
+from agrpo.training.experience import estimate_advantages, prune, ranked_groups
+from agrpo.training.schedule import learning_rate
+from agrpo.training.update import Coefficients, update_policy
+from agrpo.types import Experience, Prompt, Rollout
+
+RATE = 0.02
+TEMPERATURE = 0.8
+GRPO = {"kl": "forward", "aggregation": "sequence", "updates_per_rollout": 1}
+
+
+def model():
+    torch.manual_seed(0)
+    return FAMILIES["llama-untied"]()
+
+
+def experience(rewards=(1.0, 0.0, 0.25, 1.0, 0.0, 1.0, 0.5, 0.0), slots=(0, 1, 2), order=range(8)):
+    """Eight completions of three prompts; `order` rearranges them."""
+    ids, group, lengths, tokens = ragged(4)
+    order = torch.tensor(list(order))
+    parts = tokens.split(lengths.tolist())
+    rollout = Rollout(
+        prompts=tuple(Prompt(f"p{s}", tuple(i), s, {}) for i, s in zip(ids, slots, strict=True)),
+        group=group[order],
+        lengths=lengths[order],
+        tokens=torch.cat([parts[n] for n in order.tolist()]),
+        logp=torch.zeros(len(tokens)),
+        finished=torch.ones(8, dtype=torch.bool),
+        texts=tuple(f"text {n}" for n in order.tolist()),
+        weight_version=0,
+    )
+    rewards = torch.tensor(rewards)[order]
+    return Experience(rollout, rewards, estimate_advantages(rewards, rollout, AdvantageConfig(kind="group")))
+
+
+def update(engine, what, lambda_=0.0, micro=10**6, beta=0.3, entropy_coef=0.0, rate=RATE, **objective):
+    return update_policy(
+        engine,
+        what,
+        Coefficients(beta=beta, epsilon=0.1, lambda_=lambda_, reward_scale=0.5),
+        ObjectiveConfig(**{**GRPO, "epsilon_low": 0.2, "epsilon_high": 0.8, "entropy_coef": entropy_coef, **objective}),
+        TrainingConfig(max_steps=1, micro_batch_tokens=micro),
+        SamplingConfig(temperature=TEMPERATURE),
+        rate,
+    )
+
+
+def plain_logprobs(lm, what):
+    """Log-probabilities and entropies of each completion, by transformers alone."""
+    found = []
+    rollout = what.rollout
+    for p, completion in zip(rollout.group.tolist(), rollout.tokens.split(rollout.lengths.tolist()), strict=True):
+        ids = torch.tensor([*rollout.prompts[p].ids, *completion.tolist()])
+        log_p = (lm(input_ids=ids[None]).logits[0, -len(completion) - 1 : -1] / TEMPERATURE).log_softmax(-1)
+        found.append((log_p.gather(1, completion[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)))
+    return found
+
+
+def grpo_loss(lm, reference, what, old, beta=0.3, entropy_coef=0.0):
+    """GRPO, eq. 3, written out: clipped surrogate and k3, the mean of each completion, then over completions."""
+    total = 0.0
+    for (logp, entropy), (ref, _), before, advantage in zip(
+        plain_logprobs(lm, what), plain_logprobs(reference, what), old, what.advantages, strict=True
+    ):
+        ratio = (logp - before).exp()
+        gain = torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.4) * advantage)
+        k3 = (ref.detach() - logp).exp() - (ref.detach() - logp) - 1
+        total = total + (-gain + beta * ratio.detach() * k3 - entropy_coef * entropy).mean()
+    return total / len(what.advantages)
+
+
+def moved():
+    """An engine whose policy has left its reference, and plain copies of both."""
+    engine = engine_of(model(), with_reference=True)
+    update(engine, experience((0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0)))
+    policy = model()
+    policy.load_state_dict({name.removeprefix("lm."): p.detach() for name, p in engine.module.named_parameters()})
+    return engine, policy, model()
+
+
+def test_without_preferences_the_loss_is_grpos():
+    engine, policy, reference = moved()
+    what = experience()
+    old = [logp.detach() for logp, _ in plain_logprobs(policy, what)]
+    loss = grpo_loss(policy, reference, what, old, entropy_coef=0.01)
+    norm = torch.nn.utils.get_total_norm(torch.autograd.grad(loss, list(policy.parameters())))
+    metrics = update(engine, what, entropy_coef=0.01)
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    entropies = torch.cat([entropy for _, entropy in plain_logprobs(policy, what)])
+    assert metrics["entropy"] == pytest.approx(entropies.mean().item(), rel=1e-5)
+    assert "agrpo/group_loss" not in metrics or metrics["agrpo/group_loss"] >= 0
+
+
+def test_a_second_update_is_measured_against_the_policy_that_sampled():
+    engine, policy, reference = moved()
+    what = experience()
+    old = [logp.detach() for logp, _ in plain_logprobs(policy, what)]
+    # The first of two updates moves the engine to where an engine with one update would be.
+    once, _, _ = moved()
+    update(once, what)
+    policy.load_state_dict({name.removeprefix("lm."): p.detach() for name, p in once.module.named_parameters()})
+    metrics = update(engine, what, updates_per_rollout=2)
+    expected = grpo_loss(policy, reference, what, old, beta=0.0)
+    assert metrics["agrpo/policy_loss"] == pytest.approx(expected.item(), abs=2e-5)
+    ratios = [(logp - before).exp() for (logp, _), before in zip(plain_logprobs(policy, what), old, strict=True)]
+    held = [
+        ((r > 1.4) if a > 0 else (r < 0.9) if a < 0 else torch.zeros_like(r, dtype=torch.bool))
+        for r, a in zip(ratios, what.advantages, strict=True)
+    ]
+    share = torch.cat(held).float().mean().item()
+    assert share > 0.05
+    assert metrics["clip_ratio/region_mean"] == pytest.approx(share, abs=0.02)
+
+
+def test_with_preferences_alone_the_loss_is_dpos():
+    engine, policy, reference = moved()
+    what = experience()
+    score = torch.stack(
+        [
+            0.7 * (logp - ref).sum()
+            for (logp, _), (ref, _) in zip(plain_logprobs(policy, what), plain_logprobs(reference, what), strict=True)
+        ]
+    )
+    losses = [
+        -torch.nn.functional.logsigmoid(score[i] - score[j])
+        for i in range(8)
+        for j in range(8)
+        if what.rollout.group[i] == what.rollout.group[j] and what.rewards[i] > what.rewards[j]
+    ]
+    group_loss = GroupLossConfig(implicit_reward="sum", alpha=0.7, pair_weighting="uniform")
+    metrics = update(engine, what, lambda_=1.0, group_loss=group_loss)
+    assert len(losses) == 8
+    assert metrics["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
+MIXED = {"lambda_": 0.4, "kl": "symmetric", "aggregation": "token", "updates_per_rollout": 2, "entropy_coef": 0.01}
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "hierarchical", "uniform"])
+def test_micro_batches_do_not_matter(weighting):
+    how = {**MIXED, "group_loss": GroupLossConfig(pair_weighting=weighting)}
+    whole = update(moved()[0], experience(), **how)
+    for micro in (1, 60):
+        parts = update(moved()[0], experience(), micro=micro, **how)
+        assert parts == pytest.approx(whole, rel=1e-5, abs=1e-6)
+
+
+def test_the_order_within_a_group_does_not_matter():
+    whole = update(moved()[0], experience(), **MIXED)
+    permuted = update(moved()[0], experience(order=(2, 0, 1, 3, 7, 4, 6, 5)), **MIXED)
+    assert permuted == pytest.approx(whole, rel=1e-5, abs=1e-6)
+
+
+def test_what_teaches_nothing_moves_nothing():
+    engine = engine_of(model(), with_reference=True, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    metrics = update(engine, experience((0.5,) * 8), lambda_=0.5)
+    assert metrics["loss"] == metrics["grad_norm"] == 0
+    assert all(torch.equal(p, before[name]) for name, p in engine.module.named_parameters())
+
+
+def test_advantages_are_of_the_group_whatever_the_slots():
+    rewards, slots = (1.0, 0.0, 0.25, 1.0, 0.0, 1.0, 0.5, 0.0), (7, 2, 5)
+    what = experience(rewards, slots)
+    for sizes in ((0, 3), (4, 8)):
+        own = torch.tensor(rewards[slice(*sizes)])
+        expected = (own - own.mean()) / (own.std(unbiased=False) + 1e-4)
+        torch.testing.assert_close(what.advantages[slice(*sizes)], expected)
+    assert what.advantages[3] == 0  # a group of one
+    weighted = [
+        estimate_advantages(torch.tensor(rewards), experience(rewards, s).rollout, AdvantageConfig(kind="weighted"))
+        for s in (slots, (0, 1, 2))
+    ]
+    torch.testing.assert_close(*weighted)
+
+
+def test_pruning_keeps_the_largest_advantages_and_everything_that_is_theirs():
+    what = experience((1.0, 0.0, 0.4, 1.0, 0.0, 1.0, 0.5, 0.1))
+    assert prune(what, 0.0) is what
+    kept = prune(what, 0.5)
+    assert kept.rollout.texts == ("text 0", "text 1", "text 3", "text 4", "text 5")
+    assert kept.rollout.group.tolist() == [0, 0, 1, 2, 2]
+    parts = what.rollout.tokens.split(what.rollout.lengths.tolist())
+    for tokens, n in zip(kept.rollout.tokens.split(kept.rollout.lengths.tolist()), (0, 1, 3, 4, 5), strict=True):
+        assert torch.equal(tokens, parts[n])
+    assert torch.equal(kept.advantages, what.advantages[torch.tensor([0, 1, 3, 4, 5])])
+    assert len(kept.rollout.logp) == len(kept.rollout.tokens)
+    assert torch.equal(kept.rewards, what.rewards[torch.tensor([0, 1, 3, 4, 5])])
+
+
+def test_ranked_groups_have_a_level_for_each_distinct_reward():
+    what = experience(slots=(4, 9, 6)).rollout
+    texts = ("a", "b", "a", "c", "d", "e", "", "f")
+    rewards = torch.tensor([0.5, -2.0, 0.5, 1.0, 3.0, math.nan, 7.0, 2.0])
+    found = ranked_groups(Rollout(**{**vars(what), "texts": texts}), rewards)
+    assert found == [
+        {"slot": 4, "prompt": "p4", "completions": ["a", "b"], "levels": [1, 0], "rewards": [0.5, -2.0]},
+        {"slot": 6, "prompt": "p6", "completions": ["d", "f"], "levels": [1, 0], "rewards": [3.0, 2.0]},
+    ]
+
+
+def schedule(kind, steps=101, warmup=0.1, floor=0.2):
+    config = TrainingConfig(
+        max_steps=steps, learning_rate=2.0, lr_scheduler_type=kind, warmup_ratio=warmup, min_lr_ratio=floor
+    )
+    return [learning_rate(step, config) for step in range(steps)]
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_the_learning_rate_warms_up_and_decays_to_its_floor(kind):
+    rates = schedule(kind)
+    assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
+    assert rates[10] == 2.0
+    if kind == "constant":
+        assert set(rates[10:]) == {2.0}
+        return
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.4, abs=0.02)
+    halfway = 2.0 * (0.2 + 0.8 * (1 - 45 / 91 if kind == "linear" else (1 + math.cos(math.pi * 45 / 91)) / 2))
+    assert rates[55] == pytest.approx(halfway)
+
+
+def test_the_first_step_of_a_short_run_learns():
+    assert schedule("cosine", steps=1, warmup=0.0) == [2.0]
+    assert min(schedule("linear", steps=3, warmup=0.0, floor=0.0)) > 0

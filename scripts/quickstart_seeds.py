@@ -21,9 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 GOALS = "pass@1 gains 0.20 or more; pass@8 loses 0.03 at most; the reward model reaches 0.75 and 0.10 over heuristics"
 
 
-def run(seed: int, threads: int) -> dict[str, Any]:
+def run(seed: int, threads: int, reuse: bool) -> dict[str, Any]:
     """The whole pipeline under a seed; its summary."""
     name = f"quickstart-seed{seed}"
+    if reuse and (ROOT / "runs" / name / "agrpo" / "result.json").exists():
+        return json.loads((ROOT / "runs" / name / "summary.json").read_text())
     command = ["bash", "scripts/pipeline.sh", "configs/quickstart", f"run.name={name}", f"seed={seed}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     (ROOT / "runs").mkdir(exist_ok=True)
@@ -81,10 +83,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="pipelines at a time, the cores shared between them")
+    parser.add_argument("--reuse", action="store_true", help="take runs that have finished as they are")
     options = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
-        summaries = list(pool.map(lambda seed: run(seed, threads), options.seeds))
+        summaries = list(pool.map(lambda seed: run(seed, threads, options.reuse), options.seeds))
     print(f"Goals: {GOALS}.\n")
     print(markdown(COLUMNS))
     print(markdown("---" for _ in COLUMNS))

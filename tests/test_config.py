@@ -27,7 +27,12 @@ WRONG = {
     "wrong type": ("sft", ["training.max_steps=many"], 1, ["sft.yaml: training.max_steps", "valid integer", "'many'"]),
     "out of bounds": ("sft", ["training.learning_rate=-1"], 1, ["training.learning_rate", "greater than 0", "-1"]),
     "no such choice": ("agrpo", ["objective.kl=revers"], 1, ["objective.kl", "'reverse'", "'revers'"]),
-    "group of one": ("agrpo", ["sampling.num_generations=1"], 1, ["sampling.num_generations", "at least 2"]),
+    "group of one": (
+        "agrpo",
+        ["sampling.num_generations=1"],
+        1,
+        ["sampling.num_generations", "greater than or equal to 2"],
+    ),
     "processes without prompts": (
         *("agrpo", ["sampling.prompts_per_step=3"], 4),
         ["agrpo.yaml", "sampling.prompts_per_step: 3", "4 processes", "lower NPROC"],

@@ -25,6 +25,12 @@ POLICY_STEP = EVERY_STEP | {
     *("agrpo/lambda", "agrpo/kl_symmetric", "agrpo/advantage_variance", "time/generate_s", "time/reward_s"),
     "time/update_s",
 }
+# An untrained model is never right: the second reward is what it can learn from.
+ACCURACY, LENGTH = (
+    "{target: reward_models.rules.accuracy}",
+    "{target: reward_models.rules.length, scale: 16, tokens: 4}",
+)
+REWARDS = f"[{ACCURACY}, {LENGTH}]"
 PROMPTS = ["3+4=", "9-1-2+3=", "1+1="]
 COMPLETIONS = ["<think>3+4=7</think><answer>7</answer>", "<answer>9</answer>", "2"]
 
@@ -34,7 +40,9 @@ def run(tmp_path_factory):
     """The run directory of all three stages."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     for stage in STAGES:
-        run_tiny(stage, run, "checkpoint.every=2", "evaluation.every=3", "evaluation.samples=8")
+        more = [] if stage == "reward" else ["evaluation.samples=8"]
+        more += [f"rewards={REWARDS}"] if stage == "agrpo" else []
+        run_tiny(stage, run, "checkpoint.every=2", "evaluation.every=3", *more)
     return run
 
 

@@ -31,7 +31,7 @@ WRONG = {
         "agrpo",
         ["sampling.num_generations=1"],
         1,
-        ["sampling.num_generations", "greater than or equal to 2"],
+        ["sampling.num_generations", "or equal to 2"],
     ),
     "processes without prompts": (
         *("agrpo", ["sampling.prompts_per_step=3"], 4),

@@ -26,11 +26,7 @@ POLICY_STEP = EVERY_STEP | {
     "time/update_s",
 }
 # An untrained model is never right: the second reward is what it can learn from.
-ACCURACY, LENGTH = (
-    "{target: reward_models.rules.accuracy}",
-    "{target: reward_models.rules.length, scale: 16, tokens: 4}",
-)
-REWARDS = f"[{ACCURACY}, {LENGTH}]"
+REWARDS = "[{target: reward_models.rules.accuracy}, {target: reward_models.rules.length, scale: 16, tokens: 4}]"
 PROMPTS = ["3+4=", "9-1-2+3=", "1+1="]
 COMPLETIONS = ["<think>3+4=7</think><answer>7</answer>", "<answer>9</answer>", "2"]
 
@@ -90,7 +86,7 @@ def test_samples_say_prompt_completion_rewards_and_advantage(run):
     assert [row["step"] for row in samples] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     for row in samples:
         assert {"prompt", "completion", "rewards", "advantage"} <= row.keys()
-        assert row["prompt"].endswith("=") and set(row["rewards"]) == {"accuracy"}
+        assert row["prompt"].endswith("=") and set(row["rewards"]) == {"accuracy", "length"}
 
 
 def test_the_summary_has_the_promised_shape(run):

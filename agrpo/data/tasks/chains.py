@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # whole tokens, beside the characters 0-9 + - = ;
 SPLITS = ("train", "validation", "test")  # about 80, 10 and 10 per cent of all chains
+_OFTEN = (2, 1, 2)  # slips of a result, of a copied number, of the answer
 _TRIES = 10_000  # draws without a new chain before the chains count as exhausted
 
 
@@ -168,7 +169,7 @@ def _near(rng: random.Random, answer: int) -> int:
 
 
 def _wrong(rng: random.Random, chain: Chain, count: int) -> list[str]:
-    """Distinct wrong completions: the kind of slip is drawn first, then one slip of this kind."""
+    """Distinct wrong completions: the kind of slip is drawn first, a copied number half as often as the two others."""
     length = len(_right(chain))
     rest = [sorted(slips) for slips in (_slipped_results(chain), _slipped_operands(chain), _slipped_answers(chain))]
     chosen: list[str] = []
@@ -190,8 +191,9 @@ def _wrong(rng: random.Random, chain: Chain, count: int) -> list[str]:
 
 
 def _pick(rng: random.Random, kinds: list[list[str]], wanted: Callable[[str], bool]) -> str | None:
-    usable = [texts for kind in kinds if (texts := [text for text in kind if wanted(text)])]
-    return rng.choice(rng.choice(usable)) if usable else None
+    usable = [[text for text in kind if wanted(text)] for kind in kinds]
+    weights = [often if texts else 0 for often, texts in zip(_OFTEN, usable, strict=True)]
+    return rng.choice(rng.choices(usable, weights)[0]) if any(weights) else None
 
 
 def _slipped_results(chain: Chain) -> set[str]:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agrpo.algorithms.controllers import check_beta_gain
+from agrpo.algorithms.grouping import kept_of
 from agrpo.yaml_input import ConfigError, explain, merge, read_yaml, set_path, to_yaml
 
 Positive = Annotated[float, Field(gt=0)]
@@ -106,7 +107,7 @@ class TrainingConfig(Section):
 
 
 class SamplingConfig(Section):
-    num_generations: Annotated[int, Field(ge=2)] = 8  # of a prompt: a group needs two to compare
+    num_generations: Count = 8  # of a prompt
     max_prompt_length: Count = 512
     max_completion_length: Count = 512
     temperature: Positive = 1.0
@@ -121,18 +122,49 @@ class PairLossConfig(Section):
     """The confidence-weighted group preference loss."""
 
     pair_weighting: Literal["confidence", "hierarchical", "uniform"] = "confidence"
+    labels: Literal["weighted", "soft"] = "weighted"  # what a pair's confidence does: weigh it, or soften its label
+    implicit_reward: Literal["sum", "mean"] = "mean"  # of the log-ratios of a completion's tokens
+    alpha: Positive = 1.0  # scale of the implicit reward
+
+
+class PreferenceLossConfig(PairLossConfig):
+    """The same in stage 2, with its siblings."""
+
+    loss: Literal["logistic", "ipo", "robust"] = "logistic"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # how many labels are the wrong way round
+
+    @model_validator(mode="after")
+    def _one_reading_of_labels(self) -> Self:
+        if self.label_smoothing and (self.labels == "soft" or self.loss == "ipo"):
+            other = "labels: soft" if self.labels == "soft" else "loss: ipo"
+            raise ValueError(f"label_smoothing: has no meaning beside {other}; set it to 0")
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError("loss: robust needs label_smoothing, the share of labels that are the wrong way round")
+        if self.labels == "soft" and self.loss != "logistic":
+            raise ValueError(f"labels: soft softens the logistic loss; use loss: logistic with it, not {self.loss}")
+        return self
+
+
+class RankedConfig(Section):
+    """Ranked data beside the sampled groups of the policy stage."""
+
+    data: DataConfig
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.5  # its share of the group preference loss
+    groups_per_step: Count = 8
+    max_length: Count = 2048
 
 
 class GroupLossConfig(PairLossConfig):
     """The same in the policy stage, where a completion's score is the reward that the policy implies."""
 
-    implicit_reward: Literal["sum", "mean"] = "mean"
-    alpha: Positive = 1.0  # scale of the implicit reward
+    confidence: Literal["rewards", "ensemble"] = "rewards"  # of a sampled pair: of the sum, or of K rewards that vote
+    ranked: RankedConfig | None = None
 
 
 class ObjectiveConfig(Section):
     kl: Literal["none", "reverse", "forward", "symmetric"] = "symmetric"
     beta: Annotated[float, Field(ge=0)] = 0.04
+    kl_in: Literal["loss", "reward"] = "loss"  # reward: −β·(log π − log π_ref) of each token, before the advantages
     epsilon_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epsilon_high: Positive = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
@@ -141,6 +173,8 @@ class ObjectiveConfig(Section):
     aggregation: Literal["token", "sequence", "constant"] = "token"
     ratio: Literal["token", "sequence", "trajectory"] = "token"
     updates_per_rollout: Count = 2
+    value_coef: Positive = 0.5  # weight of the value loss, with advantage.kind: gae
+    value_clip: Positive | None = 0.2  # how far an update may move a value from the rollout's
 
 
 class BetaController(Section):
@@ -173,31 +207,75 @@ class LambdaController(Section):
         return self
 
 
+class EntropyController(Section):
+    kind: Literal["fixed", "adaptive"] = "fixed"
+    target: Positive = 0.3  # entropy, nats a token
+    gain: Positive = 0.02
+    bounds: tuple[Positive, Positive] = (1e-5, 0.1)
+
+
 class ControllersConfig(Section):
     beta: BetaController = BetaController()
     epsilon: EpsilonController = EpsilonController()
     lambda_: LambdaController = Field(LambdaController(), alias="lambda")
+    entropy: EntropyController = EntropyController()
 
     @model_validator(mode="after")
     def _stable(self) -> Self:
         if self.beta.kind == "adaptive":
             check_beta_gain(self.beta.gain, self.beta.decay)
-        for name, one in (("beta", self.beta), ("epsilon", self.epsilon), ("lambda", self.lambda_)):
-            low, high = one.bounds
+        for name in ("beta", "epsilon", "lambda", "entropy"):
+            low, high = getattr(self, name.replace("lambda", "lambda_")).bounds
             if low > high:
                 raise ValueError(f"{name}.bounds: {low} > {high}; write the lower bound first")
         return self
 
 
 class AdvantageConfig(Section):
-    kind: Literal["group", "none", "batch", "weighted"] = "weighted"
+    kind: Literal[
+        "group",
+        "none",
+        "batch",
+        "weighted",
+        "rloo",
+        "gdpo",
+        "kalman",
+        "kalman_recursive",
+        "reinforce_pp",
+        "gae",
+    ] = "weighted"
     std_ddof: Literal[0, 1] = 0
     delta: Positive = 1e-4
     kappa: Annotated[float, Field(ge=0)] = 4.0  # weighted: how many completions the batch's variance is worth
+    gamma: Fraction = 1.0  # gae, reinforce_pp: discount of a later token's reward
+    gae_lambda: Fraction = 0.95  # gae: bias against variance
+
+    @property
+    def of_tokens(self) -> bool:
+        """Has each token an advantage of its own?"""
+        return self.kind in ("gae", "reinforce_pp")
 
 
 class PruningConfig(Section):
     rate: Annotated[float, Field(ge=0, lt=1)] = 0.0  # CPPO: the share of each group that is dropped
+    scope: Literal["group", "batch"] = "group"  # where the largest |A| are looked for
+    refill: bool = False  # sample more prompts, so that the update is as large as without pruning
+
+
+class GroupingConfig(Section):
+    """How many completions a prompt gets, out of prompts_per_step × num_generations in all."""
+
+    kind: Literal["fixed", "adaptive", "dynamic"] = "fixed"
+    least: Annotated[int, Field(ge=2)] = 2  # adaptive: completions of the pilot, for every prompt
+    most: Count = 32  # adaptive: completions of one prompt
+    max_rounds: Count = 4  # dynamic: rounds of sampling for enough groups whose rewards differ
+
+
+class OverlongConfig(Section):
+    """DAPO's soft punishment, as one more reward: from 0 down to −1 over the last tokens before the limit."""
+
+    buffer: Fraction = 0.0  # their share of max_completion_length; 0: no punishment
+    weight: Positive = 1.0
 
 
 class RewardSpec(BaseModel):
@@ -318,10 +396,12 @@ class SFTConfig(StageConfig):
 
 
 class RewardConfig(StageConfig):
-    """Stage 2: a reward model from preference groups."""
+    """Stage 2: a reward model from preference groups, or a policy tuned on them."""
 
+    method: Literal["agrpo", "bradley_terry", "dpo", "ipo", "cdpo", "robust_dpo"] = "agrpo"
+    kind: Literal["head", "implicit"] = "head"  # implicit: the score is α·log π/π_ref, and the model stays a policy
     max_length: Count = 2048
-    objective: PairLossConfig = PairLossConfig()
+    objective: PreferenceLossConfig = PreferenceLossConfig()
     margin: Annotated[float, Field(ge=0)] = 0.0  # of score, asked of every pair
     centring: Annotated[float, Field(ge=0)] = 0.0  # weight of (s_i + s_j)², which keeps scores around 0
     lambda_: LambdaController = Field(LambdaController(value=0.9, target=0.3), alias="lambda")
@@ -330,21 +410,46 @@ class RewardConfig(StageConfig):
     def _trained_before(self) -> Self:
         _require_a_row_each(self.training)
         _refuse_new_model(self.model)
+        if self.kind == "implicit" and self.centring:
+            raise ValueError("centring: keeps a score head around 0; an implicit reward has nothing to centre: use 0")
+        if self.kind == "head" and self.objective.loss == "ipo":
+            raise ValueError("objective.loss: ipo compares log-ratios with the reference; use it with kind: implicit")
+        if self.model.lora is not None and self.model.lora.dropout > 0 and self.kind == "implicit":
+            raise ValueError("model.lora.dropout: log-ratios must not be noisy with kind: implicit; set it to 0")
         return self
 
 
 class PolicyConfig(StageConfig):
     """Stage 3: policy optimisation."""
 
-    method: Literal["agrpo", "grpo", "dr_grpo"] = "agrpo"
+    method: Literal[
+        "agrpo",
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "tic_grpo",
+        "cppo",
+        "gdpo",
+        "krpo",
+        "rloo",
+        "reinforce_pp",
+        "ppo",
+    ] = "agrpo"
     sampling: StepSamplingConfig = StepSamplingConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     controllers: ControllersConfig = ControllersConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     pruning: PruningConfig = PruningConfig()
+    grouping: GroupingConfig = GroupingConfig()
+    overlong: OverlongConfig = OverlongConfig()
     rewards: Annotated[list[RewardSpec], Field(min_length=1)]
     rollout: RolloutConfig = RolloutConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.advantage.kind == "gae"
 
     @property
     def needs_reference(self) -> bool:
@@ -353,6 +458,43 @@ class PolicyConfig(StageConfig):
         penalised = self.objective.kl != "none" and (self.objective.beta > 0 or adaptive)
         grouped = self.controllers.lambda_.kind == "adaptive" or self.controllers.lambda_.value > 0
         return penalised or grouped
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts of one round of sampling: with `pruning.refill`, as many as the update can take completions of."""
+        own, size = self.sampling.prompts_per_step, self.sampling.num_generations
+        return own * size // kept_of(size, self.pruning.rate) if self.pruning.refill else own
+
+    @model_validator(mode="after")
+    def _tokens_or_groups(self) -> Self:
+        kind, size = self.advantage.kind, self.sampling.num_generations
+        if self.advantage.of_tokens:
+            if self.pruning.rate > 0:
+                raise ValueError(f"pruning.rate: ranks whole completions, and {kind} has an advantage for each token")
+        elif size < 2:
+            raise ValueError(f"sampling.num_generations: {size}; advantage.kind {kind} compares a group: at least 2")
+        if self.objective.kl_in == "reward":
+            if not self.advantage.of_tokens:
+                raise ValueError(f"objective.kl_in: reward needs advantage.kind gae or reinforce_pp, not {kind}")
+            if self.objective.kl != "reverse":
+                raise ValueError("objective.kl_in: a penalty in the reward is KL(policy‖reference): set kl to reverse")
+        if self.pruning.refill and self.pruning.scope == "batch":
+            raise ValueError("pruning.refill: counts on what is left of each group: set pruning.scope to group")
+        return self
+
+    @model_validator(mode="after")
+    def _grouped(self) -> Self:
+        grouping, size = self.grouping, self.sampling.num_generations
+        if grouping.kind == "adaptive" and not grouping.least <= size <= grouping.most:
+            raise ValueError(
+                "grouping: needs least ≤ sampling.num_generations ≤ most,"
+                f" got {grouping.least}, {size} and {grouping.most}"
+            )
+        if grouping.kind != "fixed" and self.pruning.refill:
+            raise ValueError("grouping.kind: fixes its own number of completions; set pruning.refill to false")
+        if grouping.kind == "dynamic" and size < 2:
+            raise ValueError("grouping.kind: dynamic looks for groups whose rewards differ: at least 2 generations")
+        return self
 
     @model_validator(mode="after")
     def _group_sizes(self) -> Self:
@@ -390,6 +532,7 @@ class PolicyConfig(StageConfig):
                 self.controllers.epsilon,
                 self.objective.updates_per_rollout > 1,
             ),
+            ("entropy", "objective.entropy_coef", self.objective.entropy_coef, self.controllers.entropy, True),
         ):
             low, high = one.bounds
             if one.kind == "adaptive" and moves and not low <= start <= high:
@@ -433,19 +576,73 @@ class PreferencesConfig(Section):
 
 
 _FIXED = {"beta": {"kind": "fixed"}, "epsilon": {"kind": "fixed"}, "lambda": {"kind": "fixed", "value": 0.0}}
+_GRPO = {
+    "objective": {"kl": "forward", "aggregation": "sequence", "updates_per_rollout": 1},
+    "advantage": {"kind": "group"},
+    "controllers": _FIXED,
+}
+_CLIPPED = {"kl": "none", "beta": 0.0, "updates_per_rollout": 2}
 METHODS: dict[str, dict[str, Any]] = {
     # A method is only a set of these settings, laid under what the user wrote.
     "agrpo": {},
-    "grpo": {
-        "objective": {"kl": "forward", "aggregation": "sequence", "updates_per_rollout": 1},
-        "advantage": {"kind": "group"},
-        "controllers": _FIXED,
-    },
+    "grpo": _GRPO,
     "dr_grpo": {
         "objective": {"kl": "none", "beta": 0.0, "aggregation": "constant", "updates_per_rollout": 1},
         "advantage": {"kind": "none"},
         "controllers": _FIXED,
     },
+    "dapo": {
+        "objective": {**_CLIPPED, "aggregation": "token", "epsilon_high": 0.28},
+        "advantage": {"kind": "group"},
+        "grouping": {"kind": "dynamic"},
+        "overlong": {"buffer": 0.2},
+        "controllers": _FIXED,
+    },
+    "gspo": {
+        "objective": {
+            **_CLIPPED,
+            "aggregation": "sequence",
+            "ratio": "sequence",
+            "epsilon_low": 3e-4,
+            "epsilon_high": 4e-4,
+        },
+        "advantage": {"kind": "group"},
+        "controllers": _FIXED,
+    },
+    "tic_grpo": {
+        "objective": {"kl": "forward", "aggregation": "sequence", "ratio": "trajectory", "updates_per_rollout": 2},
+        "advantage": {"kind": "group"},
+        "controllers": _FIXED,
+    },
+    "cppo": {**_GRPO, "pruning": {"rate": 0.5, "refill": True}},
+    "gdpo": {**_GRPO, "advantage": {"kind": "gdpo"}},
+    "krpo": {**_GRPO, "advantage": {"kind": "kalman_recursive"}},
+    "rloo": {
+        "objective": {"kl": "reverse", "aggregation": "constant", "updates_per_rollout": 1},
+        "advantage": {"kind": "rloo"},
+        "controllers": _FIXED,
+    },
+    "reinforce_pp": {
+        "objective": {"kl": "reverse", "kl_in": "reward", "aggregation": "token", "updates_per_rollout": 2},
+        "advantage": {"kind": "reinforce_pp"},
+        "controllers": _FIXED,
+    },
+    "ppo": {
+        "objective": {"kl": "reverse", "kl_in": "reward", "aggregation": "token", "updates_per_rollout": 4},
+        "advantage": {"kind": "gae"},
+        "controllers": _FIXED,
+    },
+}
+_DPO = {"kind": "implicit", "lambda": {"kind": "fixed", "value": 1.0}}
+_PAIRS = {"pair_weighting": "uniform", "implicit_reward": "sum", "alpha": 0.1}
+PREFERENCE_METHODS: dict[str, dict[str, Any]] = {
+    # The same for stage 2.
+    "agrpo": {},
+    "bradley_terry": {"objective": {"pair_weighting": "uniform"}, "lambda": {"kind": "fixed", "value": 1.0}},
+    "dpo": {**_DPO, "objective": _PAIRS},
+    "ipo": {**_DPO, "objective": {**_PAIRS, "loss": "ipo", "implicit_reward": "mean"}},
+    "cdpo": {**_DPO, "objective": {**_PAIRS, "label_smoothing": 0.1}},
+    "robust_dpo": {**_DPO, "objective": {**_PAIRS, "loss": "robust", "label_smoothing": 0.1}},
 }
 
 STAGES: dict[str, type[Section]] = {
@@ -492,8 +689,9 @@ def load_config(stage: str, path: Path | None = None, overrides: list[str] | tup
     for override in overrides:
         set_path(values, override)
     method = values.get("method", "agrpo")
-    if stage == "agrpo" and isinstance(method, str):
-        values = merge(METHODS.get(method, {}), values)
+    presets = {"agrpo": METHODS, "reward": PREFERENCE_METHODS}.get(stage, {})
+    if isinstance(method, str):
+        values = merge(presets.get(method, {}), values)
     values = _in_run(values, _run_root(values))
     try:
         config = STAGES[stage].model_validate(values)
@@ -525,6 +723,8 @@ def _with_previous_stage(config: Any, path: Path) -> Any:
         model = model.model_copy(update={"name_or_path": str(config.run_root / "sft" / "model")})
         config = config.model_copy(update={"model": model})
     named = [("model.name_or_path", model.name_or_path)]
+    if isinstance(config, PolicyConfig):
+        config = config.model_copy(update={"rewards": _with_overlong(config)})
     if isinstance(config, PolicyConfig | PreferencesConfig):
         config = config.model_copy(update={"rewards": _with_reward_model(config.rewards, config)})
         named += [(f"rewards: {spec.label}", spec.parameters.get("model")) for spec in config.rewards]
@@ -539,6 +739,16 @@ def _with_previous_stage(config: Any, path: Path) -> Any:
                 f"{path}: {key}: {name} does not exist; run the stage that makes it first: bash stages/{stage}/run.sh"
             )
     return config
+
+
+def _with_overlong(config: PolicyConfig) -> list[RewardSpec]:
+    """The rewards, and the punishment of overlong completions where it is asked for and not yet among them."""
+    limit, overlong = config.sampling.max_completion_length, config.overlong
+    if not overlong.buffer or any(spec.label == "overlong" for spec in config.rewards):
+        return config.rewards
+    buffer = max(1, round(overlong.buffer * limit))
+    rule = {"target": "reward_models.rules.overlong", "weight": overlong.weight}
+    return [*config.rewards, RewardSpec(**rule, limit=limit, buffer=buffer)]
 
 
 def _with_reward_model(rewards: list[RewardSpec], config: Any) -> list[RewardSpec]:

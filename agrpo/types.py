@@ -52,11 +52,18 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """What an update learns from: the rollout, each completion's reward and its advantage."""
+    """What an update learns from: the rollout, each completion's rewards and each token's advantage.
+
+    The last three are empty (0,) where the method has no use for them before the update.
+    """
 
     rollout: Rollout
-    rewards: Tensor  # (N,) weighted sum over the reward functions; NaN where none could score
-    advantages: Tensor  # (N,)
+    scores: Tensor  # (N, K) of the reward functions; NaN where one abstained
+    rewards: Tensor  # (N,) their weighted sum; NaN where none could score
+    advantages: Tensor  # (C,), the same at every token of a completion unless each token has its own
+    reference: Tensor  # (C,) log-probabilities under the reference, nats
+    values: Tensor  # (C,) the critic's, of the state before each token
+    returns: Tensor  # (C,) what the critic regresses on
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,11 @@ class RolloutBackend(Protocol):
     """Whatever can generate with the engine's current weights."""
 
     def generate(
-        self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Any, key: tuple[int, int]
+        self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Any, key: tuple[int, int], first: int = 0
     ) -> Rollout:
-        """Sample counts[p] completions of each prompt; `key` is (seed, step) of the counter-based random streams."""
+        """Sample counts[p] completions of each prompt.
+
+        `key` is (seed, step) of the counter-based random streams, `first` the number of a prompt's first sample: more
+        samples of the same prompts continue where the ones before ended.
+        """
         ...

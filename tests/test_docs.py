@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from agrpo.config import METHODS, STAGES
+from agrpo.config import METHODS, PREFERENCE_METHODS, STAGES
 from reward_models import rules
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ HEADINGS_OF = {
     "agrpo": (EVERY, GRADING, POLICY),
 }
 # Sections that stand in several places and are described in one.
-ELSEWHERE = ("evaluation.data.", "evaluation.test.", "evaluation.rewards[].")
+ELSEWHERE = ("evaluation.data.", "evaluation.test.", "evaluation.rewards[].", "objective.group_loss.ranked.data.")
 
 
 def type_of(node: dict[str, Any]) -> str:
@@ -133,8 +133,11 @@ def test_every_preset_is_documented_setting_by_setting():
             else:
                 yield f"{path}{key}", value
 
-    for method, values in METHODS.items():
-        (row,) = re.findall(rf"^\| `{method}` \|.*$", TEXT, re.MULTILINE)
+    presets = TEXT[TEXT.index("## Presets") :]
+    of_stage_3, of_stage_2 = presets.split("\nOf stage 2:\n")
+    listed = [(of_stage_3, *item) for item in METHODS.items()]
+    for text, method, values in [*listed, *((of_stage_2, *item) for item in PREFERENCE_METHODS.items())]:
+        (row,) = re.findall(rf"^\| `{method}` \|.*$", text, re.MULTILINE)
         told = re.findall(r"`([\w.]+)=([^`]*)`", row)
         assert [(key, yaml.safe_load(value)) for key, value in told] == list(settings(values)), method
 

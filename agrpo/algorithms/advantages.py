@@ -2,7 +2,8 @@
 
 Legend: N completions of the whole batch, over every rank, in P ragged groups that share a prompt.
 
-Every estimator takes the same arguments, so that a caller picks one from `ESTIMATORS` where the config is read:
+Every estimator of `ESTIMATORS` takes the same arguments, so that a caller picks one where the config is read (the one
+that needs each reward by itself, `gdpo_advantages`, and those of single tokens, in `gae`, stand beside them):
 
     rewards   (N,) the completion's reward; NaN where no reward function could score it
     group     (N,) integer index of its prompt, from 0
@@ -34,8 +35,8 @@ class _Statistics:
     batch_variance: Tensor  # () σ_B² of all centred rewards
 
 
-def _spread(rewards: Tensor, group: Tensor) -> Tensor:
-    """(P,) bool: the group's scored rewards differ. Exact, since no arithmetic is done on them."""
+def spread(rewards: Tensor, group: Tensor) -> Tensor:
+    """(P,) bool of (N,) rewards: the group's scored ones differ. Exact, since no arithmetic is done on them."""
     scored = ~rewards.isnan()
     groups = torch.bincount(group).numel()
     index, values = group[scored], rewards[scored]
@@ -50,7 +51,7 @@ def _statistics(rewards: Tensor, group: Tensor, std_ddof: int) -> _Statistics:
     scored = ~rewards.isnan()
     count = group_sum(scored.to(rewards.dtype), group)  # (P,)
     mean = group_sum(rewards.nan_to_num(nan=0.0), group) / count.clamp(min=1)  # (P,)
-    signal = scored & _spread(rewards, group)[group]
+    signal = scored & spread(rewards, group)[group]
     centred = torch.where(signal, rewards - mean[group], 0.0)  # (N,)
     square = centred.square()
     return _Statistics(
@@ -109,16 +110,105 @@ def weighted_advantages(
     return s.centred / (w * s.variance + (1 - w) * s.batch_variance + delta).sqrt()
 
 
+def rloo_advantages(
+    rewards: Tensor, group: Tensor, *, delta: float = 1e-4, std_ddof: int = 0, kappa: float = 4.0
+) -> Tensor:
+    """R less the mean of the *other* completions of its group: G/(G − 1)·(R − μ_x). A group of one gives 0.
+
+    The baseline does not depend on the completion, so the gradient is unbiased.
+    Source: RLOO, Ahmadian et al. 2024 (arXiv 2402.14740), eq. 8.
+    """
+    s = _statistics(rewards, group, std_ddof)
+    return s.centred * s.count / (s.count - 1).clamp(min=1)
+
+
+# Noise of the reward's measurement, drift from one sample to the next, and how vague the prior N(0, P₀) is: KRPO's.
+_MEASUREMENT, _DRIFT, _PRIOR = 1e-2, 1e-5, 1.0
+
+
+def kalman_advantages(
+    rewards: Tensor, group: Tensor, *, delta: float = 1e-4, std_ddof: int = 0, kappa: float = 4.0
+) -> Tensor:
+    """(R − x̂)/(√P + δ): the group's rewards are noisy measurements of one baseline, x̂ and P its posterior.
+
+    With prior N(0, P₀) and G measurements of variance V, 1/P = 1/P₀ + G/V and x̂ = P·ΣR/V. This is KRPO's filter run
+    to its end without drift, so the order of the samples does not matter.
+
+    Source: KRPO, Wang et al. 2025 (arXiv 2505.07527), with its V = 0.01 and P₀ = 1; the order-free form is ours.
+    """
+    s = _statistics(rewards, group, std_ddof)
+    posterior = 1 / (1 / _PRIOR + s.count / _MEASUREMENT)  # (N,) P
+    # R − x̂ = (R − μ) + (μ − x̂), and x̂ = P·G/V·μ
+    mean = group_sum(rewards.nan_to_num(nan=0.0), group)[group] / s.count.clamp(min=1)
+    off = mean * (1 - posterior * s.count / _MEASUREMENT)
+    return torch.where(s.signal, s.centred + off, 0.0) / (posterior.sqrt() + delta)
+
+
+def kalman_recursive_advantages(
+    rewards: Tensor, group: Tensor, *, delta: float = 1e-4, std_ddof: int = 0, kappa: float = 4.0
+) -> Tensor:
+    """KRPO as published: each R against the filter's state just after it was measured.
+
+    P⁻ = P + Q, K = P⁻/(P⁻ + V), x += K·(R − x), P = (1 − K)·P⁻, from x = 0 and P = P₀, over the group's completions in
+    the order in which they stand. The advantages depend on that order: permuting a group changes them.
+
+    Source: KRPO, Wang et al. 2025 (arXiv 2505.07527), and its published code, with Q = 1e-5, V = 0.01, P₀ = 1.
+    """
+    s = _statistics(rewards, group, std_ddof)
+    advantages = torch.zeros_like(rewards)
+    for members in group.unique().tolist():
+        state, variance = 0.0, _PRIOR
+        for n in ((group == members) & s.signal).nonzero()[:, 0].tolist():
+            predicted = variance + _DRIFT
+            gain = predicted / (predicted + _MEASUREMENT)
+            state += gain * (float(rewards[n]) - state)
+            variance = (1 - gain) * predicted
+            advantages[n] = (float(rewards[n]) - state) / (variance**0.5 + delta)
+    return advantages
+
+
+def gdpo_advantages(
+    scores: Tensor, weights: Tensor, group: Tensor, *, delta: float = 1e-4, std_ddof: int = 0
+) -> Tensor:
+    """Each reward function normalised within its groups, then weighted and summed, then normalised over the batch.
+
+    Summing rewards first lets different combinations collapse into one advantage; this keeps them apart.
+
+    Args:
+        scores: (N, K) of the reward functions, NaN where one abstained.
+        weights: (K,) of the functions.
+        group: (N,) index of its prompt.
+
+    Returns:
+        (N,) advantages (Σ_k c_k·A_k − mean)/(σ + δ), A_k the `group` advantage of function k. An abstained score adds
+        nothing; a completion without any score is left out of mean and σ. Exactly 0 where no function that scored the
+        completion tells its group apart.
+
+    Source: GDPO, Liu et al. 2026 (arXiv 2601.05242), section 3.1.
+    """
+    statistics = [_statistics(column, group, std_ddof) for column in scores.unbind(1)]
+    total = sum(w * s.centred / (s.variance.sqrt() + delta) for w, s in zip(weights, statistics, strict=True))  # (N,)
+    signal = torch.stack([s.signal for s in statistics]).any(0)  # (N,)
+    scored = ~scores.isnan().all(1)
+    count = scored.sum()
+    mean = total[scored].sum() / count.clamp(min=1)
+    deviation = ((total - mean)[scored].square().sum() / (count - std_ddof).clamp(min=1)).sqrt()
+    return torch.where(signal, total - mean, 0.0) / (deviation + delta)
+
+
 ESTIMATORS = {
     "group": group_advantages,
     "none": centred_advantages,
     "batch": batch_advantages,
     "weighted": weighted_advantages,
+    "rloo": rloo_advantages,
+    "kalman": kalman_advantages,
+    "kalman_recursive": kalman_recursive_advantages,
 }
 
 
 def zero_signal_fraction(rewards: Tensor, group: Tensor) -> float:
     """Share of the groups that teach nothing: all rewards equal, one completion, or none scored; 0 of none."""
     present = torch.bincount(group) > 0
-    silent = present & ~_spread(rewards, group)
+    silent = present & ~spread(rewards, group)
     return silent.sum().item() / max(1, present.sum().item())

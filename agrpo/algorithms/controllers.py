@@ -1,4 +1,5 @@
-"""Coefficients that move with what training shows: β with the divergence, ε with the update, λ with the uncertainty.
+"""Coefficients that move with what training shows: β with the divergence, ε with the update, λ with the uncertainty,
+η with the entropy.
 
 Every controller has `value`, `observe(x)`, `state_dict()` and `load_state_dict(state)`, so an ablation only swaps the
 object. Each saturates at its bounds and winds up nothing behind them. An observation that is NaN or infinite (a step
@@ -167,3 +168,26 @@ class AdaptiveLambda(_Adaptive):
 
     def _moved(self, x: float) -> float:
         return self.value + self.gain * (x - self.target)
+
+
+@dataclass
+class AdaptiveEntropy(_Adaptive):
+    """η_t, the weight of the entropy bonus, rises while the policy's entropy is below H* = `target`, and falls above.
+
+    log η −= k·clip(H/H* − 1, −1, 1), H in nats per token. It saturates at both bounds.
+
+    Source: the multiplicative form of soft actor-critic's temperature (Haarnoja et al. 2018, arXiv 1812.05905), ours.
+    """
+
+    target: float = 0.3
+    gain: float = 0.02
+    value: float = 0.001
+    bounds: tuple[float, float] = (1e-5, 0.1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.target > 0:
+            raise ValueError(f"the target entropy must be positive, got {self.target}")
+
+    def _moved(self, x: float) -> float:
+        return self.value * math.exp(-self.gain * _clip(x / self.target - 1, -1.0, 1.0))

@@ -157,7 +157,7 @@ def policy_loss(
         old_logp: (C,) nats, of the policy that sampled; `logp.detach()` when that is the same.
         ref_logp: (C,) nats, of the reference; `logp.detach()` where there is none, which reports a divergence of 0.
         entropy: (C,) nats, of the policy's next-token distribution, with gradient.
-        advantages: (N,).
+        advantages: (C,), the same at every token of a completion unless each token has its own.
         lengths: (N,) tokens.
         weights: (C,) from `token_weights`.
         epsilon_low, epsilon_high: clip range.
@@ -173,16 +173,15 @@ def policy_loss(
     """
     rho = importance_ratio(logp, old_logp, lengths, ratio)  # (C,)
     token_rho = importance_ratio(logp, old_logp, lengths, "token").detach()  # (C,)
-    token_advantages = per_token(advantages, lengths)  # (C,)
     log_ratio = logp - ref_logp  # (C,)
 
-    policy = (weights * clipped_surrogate(rho, token_advantages, epsilon_low, epsilon_high, dual_clip)).sum()
+    policy = (weights * clipped_surrogate(rho, advantages, epsilon_low, epsilon_high, dual_clip)).sum()
     penalty = (weights * surrogate(kl)(log_ratio, token_rho)).sum()
     bonus = (weights * entropy).sum()
     loss = policy + beta * penalty - entropy_coef * bonus
 
     with torch.no_grad():
-        clipped = clip_fractions(rho, token_advantages, epsilon_low, epsilon_high)
+        clipped = clip_fractions(rho, advantages, epsilon_low, epsilon_high)
         terms = PolicyTerms(
             policy=policy.detach(),
             kl=(token_rho * estimate(kl)(log_ratio)).sum(),

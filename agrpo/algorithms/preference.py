@@ -56,17 +56,6 @@ def ordered_pairs(levels: Tensor, group: Tensor) -> Pairs:
 # All are (M,) or broadcast to it, lie in [0, 1] and carry no gradient.
 
 
-def confidence_from_probability(probability: Tensor) -> Tensor:
-    """|2p − 1|."""
-    return (2 * probability.detach() - 1).abs()
-
-
-def confidence_from_votes(votes_for: Tensor, votes_against: Tensor) -> Tensor:
-    """|2p − 1| with p the share of votes, |f − a|/(f + a); no votes give 0."""
-    total = votes_for + votes_against
-    return torch.where(total > 0, (votes_for - votes_against).abs() / total, 0.0)
-
-
 def confidence_from_margin(margin: Tensor, scale: float | Tensor) -> Tensor:
     """|2p − 1| with p = σ(margin/scale): the annotators' score difference, in units of `scale` > 0 (Bradley–Terry)."""
     if not scale > 0:
@@ -153,14 +142,31 @@ def implicit_reward(logp: Tensor, ref_logp: Tensor, lengths: Tensor, *, alpha: f
     return score / lengths.clamp(min=1) if reduction == "mean" else score
 
 
+def _logistic(lead: Tensor, flipped: Tensor | float, alpha: float) -> Tensor:
+    return F.softplus(-lead) + flipped * lead  # (1 − ε)·softplus(−z) + ε·softplus(z)
+
+
+def _squared(lead: Tensor, flipped: Tensor | float, alpha: float) -> Tensor:
+    return (lead - 0.5).square() / alpha**2
+
+
+def _robust(lead: Tensor, flipped: Tensor | float, alpha: float) -> Tensor:
+    return F.softplus(-lead) - flipped / (1 - 2 * flipped) * lead
+
+
+# shape → ℓ(z, ε, α) of a pair with lead z: ε the probability that its label is flipped, α the scores' scale
+_SHAPES = {"logistic": _logistic, "ipo": _squared, "robust": _robust}
+
+
 def group_preference_loss(
     scores: Tensor,
     pairs: Pairs,
     weights: Tensor,
     *,
     margin: float | Tensor = 0.0,
-    labels: str = "weighted",
-    probability: Tensor | None = None,
+    shape: str = "logistic",
+    flipped: Tensor | float = 0.0,
+    alpha: float = 1.0,
 ) -> Tensor:
     """Σ w·ℓ over the pairs; the caller divides by the global Σw.
 
@@ -168,26 +174,28 @@ def group_preference_loss(
         scores: (N,) implicit rewards, or a score head's output.
         weights: (M,) from `pair_weights`.
         margin: float or (M,), by how much the better one must lead: z = s_i − s_j − margin.
-        labels: `weighted`: ℓ = −log σ(z). Weights do not move the minimiser of a separable pair, which is z → ∞.
-            `soft`: ℓ = −p·log σ(z) − (1 − p)·log σ(−z), whose minimum is z = logit p.
-        probability: (M,) p of each pair, for `soft` only.
+        shape: of ℓ. With ε = `flipped`,
+            `logistic`  −(1 − ε)·log σ(z) − ε·log σ(−z), whose minimum is z = logit(1 − ε); at ε = 0, z → ∞. A constant
+                        ε is conservative DPO, an ε of each pair's own is a soft label.
+            `ipo`       (z − ½)²/α²: with the mean log-ratio times α as score, IPO with τ = α. ε has no part in it.
+            `robust`    [−(1 − ε)·log σ(z) + ε·log σ(−z)]/(1 − 2ε): unbiased for the loss on clean labels.
+        flipped: ε in [0, ½), of all pairs or (M,) of each: the probability that the worse one truly is the better.
+        alpha: the scores' scale, for `ipo` alone.
 
     Returns:
         0-d sum, exactly 0 and differentiable where there are no pairs.
 
     Raises:
-        ValueError: unknown labels, or `soft` without probability.
+        ValueError: unknown shape.
 
-    Source: Bradley–Terry over the ordered pairs of a group (thesis 2.4); with one pair and w = 1, DPO, eq. 7.
+    Source: Bradley–Terry over the ordered pairs of a group (thesis 2.4); with one pair and w = 1, DPO, eq. 7. cDPO,
+    Mitchell 2023; IPO, Azar et al. 2023 (arXiv 2310.12036), eq. 17; robust DPO, Chowdhury et al. 2024 (arXiv
+    2403.00409), eq. 12. That all of them run over the weighted pairs of ranked groups is ours.
     """
+    if shape not in _SHAPES:
+        raise ValueError(f"the preference loss must be one of {', '.join(_SHAPES)}, got {shape!r}")
     lead = scores[pairs.better] - scores[pairs.worse] - margin  # (M,)
-    if labels == "weighted":
-        return (weights * F.softplus(-lead)).sum()
-    if labels != "soft":
-        raise ValueError(f"labels must be weighted or soft, got {labels!r}")
-    if probability is None:
-        raise ValueError("labels: soft needs the probability of each pair; the data has none, use labels: weighted")
-    return (weights * (F.softplus(-lead) + (1 - probability) * lead)).sum()  # softplus(z) = softplus(−z) + z
+    return (weights * _SHAPES[shape](lead, flipped, alpha)).sum()
 
 
 def preference_uncertainty(scores: Tensor, pairs: Pairs) -> tuple[Tensor, int]:
@@ -201,9 +209,14 @@ def preference_uncertainty(scores: Tensor, pairs: Pairs) -> tuple[Tensor, int]:
     return entropy.sum() / math.log(2), lead.numel()
 
 
-def label_entropy(probability: Tensor) -> float:
-    """Mean h(p)/ln 2 of the pairs' own probabilities: (M,) → [0, 1], NaN without pairs.
+def flip_probability(confidence: Tensor) -> Tensor:
+    """ε = (1 − c)/2 of a pair with confidence c = |2p − 1|: the probability that its label is the wrong way round."""
+    return (1 - confidence.detach()) / 2
 
-    The uncertainty of a perfect model stays there, so the λ controller's target must exceed it.
+
+def label_entropy(flipped: Tensor) -> Tensor:
+    """Σ h(ε)/ln 2 of the pairs' own labels: (M,) → 0-d, in bits.
+
+    The uncertainty of a perfect model of soft labels stays at their mean, so the λ controller's target must exceed it.
     """
-    return ((torch.special.entr(probability) + torch.special.entr(1 - probability)).mean() / math.log(2)).item()
+    return (torch.special.entr(flipped) + torch.special.entr(1 - flipped)).sum() / math.log(2)

@@ -6,6 +6,7 @@ Legend: N completions in ragged groups that share a prompt; G those of one group
 import torch
 from torch import Tensor
 
+from agrpo.algorithms.grouping import kept_of
 from agrpo.algorithms.segments import per_token
 
 
@@ -24,16 +25,23 @@ def keep_largest(advantages: Tensor, group: Tensor, rate: float) -> Tensor:
         ValueError: rate outside [0, 1).
 
     Source: CPPO, Lin et al. 2025 (arXiv 2503.22342). The paper selects within the group, as here; its published
-    code drops over the whole batch.
+    code drops over the whole batch, `keep_largest_overall`.
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f"the pruning rate must be in [0, 1), got {rate}")
     largest_first = advantages.abs().argsort(descending=True, stable=True)
     order = largest_first[group[largest_first].argsort(stable=True)]  # (N,) by group, then by |A|
     sizes = torch.bincount(group)  # (P,)
     rank = torch.arange(len(order), device=order.device) - per_token(sizes.cumsum(0) - sizes, sizes)
-    # G − ⌊pG⌋ rather than ⌈(1 − p)G⌉: in floats (1 − 0.7)·10 is above 3, and 0.29·100 is below 29.
-    quota = sizes - torch.floor(rate * sizes.double() + 1e-9).long()  # (P,)
+    quota = torch.tensor([kept_of(size, rate) for size in sizes.tolist()], device=sizes.device)  # (P,)
     keep = torch.empty_like(order, dtype=torch.bool)
     keep[order] = rank < per_token(quota, sizes)
+    return keep
+
+
+def keep_largest_overall(advantages: Tensor, rate: float) -> Tensor:
+    """Keep the ⌈(1 − p)·N⌉ completions with the largest |A| of the whole batch: (N,) → (N,) bool.
+
+    A group may lose all of its completions. Ties keep the earlier one. Source: CPPO's published code.
+    """
+    keep = torch.zeros_like(advantages, dtype=torch.bool)
+    keep[advantages.abs().argsort(descending=True, stable=True)[: kept_of(len(advantages), rate)]] = True
     return keep

@@ -124,7 +124,7 @@ class HybridEngine:
     def train_mode(self) -> None:
         self._engine.train()
 
-    def forward(self, layout: Layout, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, layout: Layout, *args: Any) -> tuple[Tensor, ...]:
         """The module's forward with gradient."""
         self.train_mode()
         return self._engine(layout.to(self.device), *args)
@@ -165,7 +165,7 @@ class HybridEngine:
             )
 
     @torch.no_grad()
-    def evaluate(self, layout: Layout, *args: Any) -> tuple[Tensor, Tensor]:
+    def evaluate(self, layout: Layout, *args: Any) -> tuple[Tensor, ...]:
         """The module's forward without gradient."""
         self._engine.eval()
         return self._engine(layout.to(self.device), *args)
@@ -193,11 +193,16 @@ class HybridEngine:
         self._backend.weight_version = self.weight_version
 
     def generate(
-        self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Sampling, key: tuple[int, int]
+        self,
+        prompts: Sequence[Prompt],
+        counts: Sequence[int],
+        sampling: Sampling,
+        key: tuple[int, int],
+        first: int = 0,
     ) -> Rollout:
-        """counts[p] completions of each prompt, sampled from the current weights."""
+        """counts[p] completions of each prompt, sampled from the current weights (`RolloutBackend.generate`)."""
         self.generation_mode()
-        return self._backend.generate(prompts, counts, sampling, key)
+        return self._backend.generate(prompts, counts, sampling, key, first)
 
     @property
     def whole_module(self) -> Any:

@@ -36,19 +36,41 @@ class Policy(nn.Module):
         """(V, H) weight of the language-model head."""
         return causal_lm(self.lm).get_output_embeddings().weight
 
-    def forward(self, layout: Layout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(self, layout: Layout, temperature: float = 1.0) -> tuple[Tensor, ...]:
         """(C,) log-probabilities and (C,) entropies at the temperature, nats."""
-        if self.fallback_reason is not None:
-            return self._plain_rows(layout, temperature)
-        hidden = flat_states(causal_lm(self.lm).get_decoder(), layout).index_select(0, layout.source)  # (C, H)
-        return chunked_logprobs(hidden, self.head, layout.targets, temperature)
+        return self._run(layout, temperature)[:2]
 
-    def _plain_rows(self, layout: Layout, temperature: float) -> tuple[Tensor, Tensor]:
+    def _run(self, layout: Layout, temperature: float, states: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same, and where asked for the (C, H) last hidden states that predict the tokens."""
+        if self.fallback_reason is None:
+            hidden = flat_states(causal_lm(self.lm).get_decoder(), layout).index_select(0, layout.source)  # (C, H)
+            return *chunked_logprobs(hidden, self.head, layout.targets, temperature), hidden
         rows, mask, where = plain_rows(layout)
-        logits = self.lm(input_ids=rows, attention_mask=mask, use_cache=False).logits  # (N, width, V)
-        z = logits.flatten(0, 1).index_select(0, where).float() / temperature  # (C, V)
+        output = self.lm(input_ids=rows, attention_mask=mask, use_cache=False, output_hidden_states=states)
+        z = output.logits.flatten(0, 1).index_select(0, where).float() / temperature  # (C, V)
         log_p = z.log_softmax(1)
-        return log_p.gather(1, layout.targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+        logp, entropy = log_p.gather(1, layout.targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+        hidden = output.hidden_states[-1].flatten(0, 1).index_select(0, where) if states else None
+        return logp, entropy, hidden
+
+
+class ActorCritic(Policy):
+    """A policy with a value head on the same backbone: forward(layout) → log-probabilities, entropies and values.
+
+    values (C,), float32: what the completion's reward will be, judged from the state before each token. The head starts
+    at 0, so the first advantages are the returns themselves.
+    """
+
+    def __init__(self, lm: nn.Module, flat: bool = True) -> None:
+        super().__init__(lm, flat)
+        self.value = nn.Linear(causal_lm(lm).config.hidden_size, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+        self.value.to(device=self.head.device, dtype=self.head.dtype)
+
+    def forward(self, layout: Layout, temperature: float = 1.0) -> tuple[Tensor, ...]:
+        logp, entropy, states = self._run(layout, temperature, states=True)
+        return logp, entropy, self.value(states)[:, 0].float()
 
 
 class Scorer(nn.Module):

@@ -13,7 +13,7 @@ from agrpo.engine import distributed
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.evaluation.intervals import bootstrap_interval
-from agrpo.training.experience import Scores, score
+from agrpo.training.scoring import Scores, score
 from agrpo.types import Prompt, Rollout
 
 # Steps of training count from 0: evaluation draws from streams that training never reaches.

@@ -1,4 +1,4 @@
-"""The coefficients of a run that move: β, ε, λ and the scale of the rewards, together in one state."""
+"""The coefficients of a run that move: β, ε, λ, η and the scale of the rewards, together in one state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from agrpo.algorithms.controllers import AdaptiveBeta, AdaptiveEpsilon, AdaptiveLambda, Fixed
+from agrpo.algorithms.controllers import AdaptiveBeta, AdaptiveEntropy, AdaptiveEpsilon, AdaptiveLambda, Fixed
 from agrpo.config import LambdaController, PolicyConfig
 from agrpo.training.update import Coefficients
 
@@ -37,6 +37,17 @@ class RunningScale:
         self.average, self.observations = state["average"], int(state["observations"])
 
 
+def out_of_reach(target: float, metrics: dict[str, float]) -> str | None:
+    """Why an adaptive λ cannot bring the uncertainty down to its target, in words; None where it may."""
+    floor = metrics.get("agrpo/label_entropy", 0.0)
+    if floor < target:
+        return None
+    return (
+        f"λ's target {target} is not above the labels' own mean entropy, {floor:.3f}: soft labels keep the uncertainty"
+        " there and λ will stay at its upper bound; raise the target"
+    )
+
+
 def lambda_controller(config: LambdaController) -> AdaptiveLambda | Fixed:
     if config.kind == "fixed":
         return Fixed(config.value)
@@ -61,28 +72,48 @@ class Controllers:
             c = chosen.epsilon
             self.epsilon = AdaptiveEpsilon(target=target, gain=c.gain, value=objective.epsilon_low, bounds=c.bounds)
         self.lambda_ = lambda_controller(chosen.lambda_)
+        self.entropy: AdaptiveEntropy | Fixed = Fixed(objective.entropy_coef)
+        if chosen.entropy.kind == "adaptive":
+            c = chosen.entropy
+            self.entropy = AdaptiveEntropy(target=c.target, gain=c.gain, value=objective.entropy_coef, bounds=c.bounds)
         self.scale = RunningScale()
+        self._warned = False
 
     def coefficients(self) -> Coefficients:
-        return Coefficients(self.beta.value, self.epsilon.value, self.lambda_.value, self.scale.value)
+        return Coefficients(
+            self.beta.value, self.epsilon.value, self.lambda_.value, self.entropy.value, self.scale.value
+        )
 
-    def observe(self, metrics: dict[str, float]) -> None:
-        """After the step, on numbers of all ranks."""
+    def observe(self, metrics: dict[str, float]) -> list[str]:
+        """After the step, on numbers of all ranks. Returns what is worth saying of it, once a run, in words."""
         self.beta.observe(metrics["agrpo/kl_symmetric"])
         self.epsilon.observe(metrics["agrpo/kl_update"])
         self.lambda_.observe(metrics.get("agrpo/uncertainty", math.nan))
+        self.entropy.observe(metrics["entropy"])
         self.scale.observe(metrics["reward_std"])
+        warning = out_of_reach(self.lambda_.target, metrics) if isinstance(self.lambda_, AdaptiveLambda) else None
+        if warning is None or self._warned:
+            return []
+        self._warned = True
+        return [warning]
 
     def metrics(self) -> dict[str, float]:
         return {
             "agrpo/beta": self.beta.value,
             "agrpo/epsilon": self.epsilon.value,
             "agrpo/lambda": self.lambda_.value,
+            "agrpo/entropy_coef": self.entropy.value,
             "agrpo/reward_scale": self.scale.value,
         }
 
     def _parts(self) -> dict[str, Any]:
-        return {"beta": self.beta, "epsilon": self.epsilon, "lambda": self.lambda_, "scale": self.scale}
+        return {
+            "beta": self.beta,
+            "epsilon": self.epsilon,
+            "lambda": self.lambda_,
+            "entropy": self.entropy,
+            "scale": self.scale,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts().items()}

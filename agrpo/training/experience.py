@@ -1,104 +1,123 @@
-"""From a rollout to what an update learns from: scores, rewards, advantages, pruning."""
+"""From a scored rollout to what an update learns from: advantages, of completions or tokens, and pruning."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from agrpo.algorithms.advantages import ESTIMATORS
-from agrpo.algorithms.pruning import keep_largest
-from agrpo.config import AdvantageConfig
+from agrpo.algorithms.advantages import ESTIMATORS, gdpo_advantages
+from agrpo.algorithms.gae import discounted_sum, generalised_advantages, token_rewards
+from agrpo.algorithms.pruning import keep_largest, keep_largest_overall
+from agrpo.algorithms.segments import per_token
+from agrpo.config import AdvantageConfig, PolicyConfig, PruningConfig
 from agrpo.engine import distributed
-from agrpo.types import Experience, Rollout, Text
-
-_GIVEN = ("prompts", "completions", "completion_ids")  # what every reward gets; a column of that name stays out
-
-
-class Scores(Protocol):
-    """A set of rewards with weights (reward_models.compose.RewardSet)."""
-
-    names: Sequence[str]
-
-    def score(self, prompts: Any, completions: Any, completion_ids: Any, columns: Any) -> Tensor: ...
-    def total(self, scores: Tensor) -> Tensor: ...
+from agrpo.engine.hybrid import HybridEngine
+from agrpo.training.batches import Sequences, in_step, micro_batches
+from agrpo.training.rollouts import take, without_silent_prompts
+from agrpo.training.scoring import Scores
+from agrpo.types import Experience, Rollout
 
 
-def score(rewards: Scores, rollout: Rollout) -> Tensor:
-    """(N, K) scores of the rollout's completions; NaN where a reward abstained or failed."""
-    of = [rollout.prompts[p] for p in rollout.group.tolist()]
-    texts: list[Text] = [
-        text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(of, rollout.texts, strict=True)
-    ]
-    names = dict.fromkeys(name for prompt in rollout.prompts for name in prompt.columns if name not in _GIVEN)
-    columns = {name: [prompt.columns.get(name) for prompt in of] for name in names}
-    columns["finished"] = rollout.finished.tolist()
-    ids = [t.tolist() for t in rollout.tokens.split(rollout.lengths.tolist())]
-    return rewards.score([prompt.text for prompt in of], texts, ids, columns)
+def make_experience(
+    engine: HybridEngine, rollout: Rollout, scores: Tensor, rewards: Scores, config: PolicyConfig, beta: float
+) -> Experience:
+    """Everything that an update needs of a rollout.
+
+    Args:
+        scores: (N, K) of the reward functions.
+        beta: weight of the divergence, for a penalty kept in the reward.
+    """
+    total = rewards.total(scores)  # (N,)
+    if config.advantage.of_tokens:
+        return _credit_tokens(engine, rollout, scores, total, config, beta)
+    advantages = estimate_advantages(scores, rewards.weights, total, rollout, config.advantage)
+    nothing = total.new_zeros(0)
+    of_tokens = per_token(advantages, rollout.lengths)
+    return Experience(rollout, scores, total, of_tokens, reference=nothing, values=nothing, returns=nothing)
 
 
-def estimate_advantages(rewards: Tensor, rollout: Rollout, config: AdvantageConfig) -> Tensor:
+def estimate_advantages(
+    scores: Tensor, weights: Tensor, rewards: Tensor, rollout: Rollout, config: AdvantageConfig
+) -> Tensor:
     """(N,) advantages of this rank's completions, with statistics over the batch of all ranks.
 
     Every rank computes the same estimate of the whole batch, ordered by prompt slot, and keeps its own part: the result
     does not depend on the number of ranks.
     """
-    slots = torch.tensor([prompt.slot for prompt in rollout.prompts])[rollout.group]  # (N,)
-    parts = distributed.gather_objects((rewards, slots))
-    everything = torch.cat([r for r, _ in parts])
-    order = torch.cat([s for _, s in parts]).argsort(stable=True)
-    group = torch.cat([s for _, s in parts])[order].unique(return_inverse=True)[1]
-    ordered = ESTIMATORS[config.kind](
-        everything[order], group, delta=config.delta, std_ddof=config.std_ddof, kappa=config.kappa
-    )
+    slots = torch.tensor([prompt.slot for prompt in rollout.prompts], dtype=torch.long)[rollout.group]  # (N,)
+    parts = distributed.gather_objects((scores, rewards, slots))
+    scores, everything, slots = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = slots.argsort(stable=True)
+    group = slots[order].unique(return_inverse=True)[1]
+    how = {"delta": config.delta, "std_ddof": config.std_ddof}
+    if config.kind == "gdpo":
+        ordered = gdpo_advantages(scores[order], weights, group, **how)
+    else:
+        ordered = ESTIMATORS[config.kind](everything[order], group, kappa=config.kappa, **how)
     advantages = torch.empty_like(ordered)
     advantages[order] = ordered
-    before = sum(len(r) for r, _ in parts[: distributed.rank()])
+    before = sum(len(own) for _, own, _ in parts[: distributed.rank()])
     return advantages[before : before + len(rewards)]
 
 
-def ranked_groups(rollout: Rollout, rewards: Tensor) -> list[dict[str, Any]]:
-    """Rows of preference data: each prompt's distinct completions, their level the rank of their reward.
+def _credit_tokens(
+    engine: HybridEngine, rollout: Rollout, scores: Tensor, rewards: Tensor, config: PolicyConfig, beta: float
+) -> Experience:
+    """Advantages of single tokens, normalised over all tokens of all ranks: PPO's, and REINFORCE++'s.
 
-    Completions without a reward are left out, and so are prompts whose completions all have the same one.
+    One forward of the policy that sampled and one of the reference come before the update.
     """
-    groups = []
-    for p, prompt in enumerate(rollout.prompts):
-        of_prompt = (rollout.group == p).nonzero()[:, 0].tolist()
-        scored = {rollout.texts[n]: float(rewards[n]) for n in of_prompt if rollout.texts[n] and rewards[n].isfinite()}
-        ranks = {value: rank for rank, value in enumerate(sorted(set(scored.values())))}
-        if len(ranks) > 1:
-            levels = [ranks[value] for value in scored.values()]
-            groups.append(
-                {
-                    "slot": prompt.slot,
-                    "prompt": prompt.text,
-                    "completions": list(scored),
-                    "levels": levels,
-                    "rewards": list(scored.values()),
-                }
-            )
-    return groups
+    sequences = Sequences([p.ids for p in rollout.prompts], rollout.group, rollout.lengths, rollout.tokens)
+    temperature, advantage = config.sampling.temperature, config.advantage
+    logp, reference, values = (torch.zeros(len(rollout.tokens)) for _ in range(3))
+    parts = micro_batches(sequences.costs, config.training.micro_batch_tokens)
+    for i, _, _ in in_step(parts):
+        layout = sequences.layout(parts[i])
+        places = sequences.token_places(sequences.members(parts[i]))
+        logp[places], _, *critic = (part.cpu() for part in engine.evaluate(layout, temperature))
+        reference[places] = logp[places]
+        if engine.has_reference:
+            reference[places] = engine.reference_logprobs(layout, temperature).cpu()
+        if critic:
+            values[places] = critic[0]
+    penalty = beta * (logp - reference) if config.objective.kl_in == "reward" else torch.zeros_like(logp)
+    due = token_rewards(rewards, penalty, rollout.lengths)
+    if advantage.kind == "gae":
+        raw = generalised_advantages(due, values, rollout.lengths, advantage.gamma, advantage.gae_lambda)
+        returns = raw + values
+    else:
+        raw, returns, values = discounted_sum(due, rollout.lengths, advantage.gamma), due.new_zeros(0), due.new_zeros(0)
+    raw = raw.double()
+    sums = distributed.sum_over_ranks({"sum": raw.sum(), "square": raw.square().sum(), "count": len(raw)})
+    mean = sums["sum"] / sums["count"]
+    deviation = max(0.0, sums["square"] / sums["count"] - mean**2) ** 0.5
+    normal = ((raw - mean) / (deviation + advantage.delta)).float()
+    if not engine.has_reference:
+        reference = reference.new_zeros(0)
+    return Experience(rollout, scores, rewards, normal, reference=reference, values=values, returns=returns)
 
 
-def prune(experience: Experience, rate: float) -> Experience:
-    """CPPO: only the completions of largest |A| go on to the update."""
-    if rate == 0:
+def prune(experience: Experience, config: PruningConfig) -> Experience:
+    """CPPO: only the completions of largest |A| go on to the update. With `scope: batch`, of all ranks together."""
+    if config.rate == 0:
         return experience
     rollout = experience.rollout
-    keep = keep_largest(experience.advantages, rollout.group, rate)
-    tokens = keep.repeat_interleave(rollout.lengths)
-    kept = Rollout(
-        prompts=rollout.prompts,
-        group=rollout.group[keep],
-        lengths=rollout.lengths[keep],
-        tokens=rollout.tokens[tokens],
-        logp=rollout.logp[tokens],
-        finished=rollout.finished[keep],
-        texts=tuple(text for text, kept in zip(rollout.texts, keep.tolist(), strict=True) if kept),
-        weight_version=rollout.weight_version,
+    advantages = experience.advantages[rollout.lengths.cumsum(0) - 1]  # (N,), the same at all tokens of a completion
+    if config.scope == "group":
+        keep = keep_largest(advantages, rollout.group, config.rate)
+    else:
+        parts = distributed.gather_objects(advantages)
+        before = sum(map(len, parts[: distributed.rank()]))
+        keep = keep_largest_overall(torch.cat(parts), config.rate)[before : before + len(advantages)]
+        if not keep.any():  # a rank needs something to lay out: its largest
+            keep[advantages.abs().argmax()] = True
+    which = keep.nonzero()[:, 0]
+    return Experience(
+        rollout=without_silent_prompts(take(rollout, which)),
+        scores=experience.scores[which],
+        rewards=experience.rewards[which],
+        advantages=experience.advantages[keep.repeat_interleave(rollout.lengths)],
+        reference=experience.reference,
+        values=experience.values,
+        returns=experience.returns,
     )
-    return Experience(rollout=kept, rewards=experience.rewards[keep], advantages=experience.advantages[keep])

@@ -1,4 +1,4 @@
-"""The reward model's optimiser step: the confidence-weighted group loss and the text-generation regulariser."""
+"""Learning from ranked groups: the confidence-weighted group loss, and stage 2's optimiser step around it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from torch import Tensor
 from agrpo.algorithms.preference import (
     Pairs,
     confidence_from_margin,
+    flip_probability,
     group_preference_loss,
+    implicit_reward,
+    label_entropy,
     ordered_pairs,
     pair_weights,
     preference_uncertainty,
     stratum_totals,
 )
-from agrpo.config import RewardConfig
+from agrpo.config import PairLossConfig, PreferenceLossConfig, RewardConfig
 from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
+from agrpo.engine.layout import Layout
 from agrpo.training.batches import Sequences, in_step, micro_batches
 from agrpo.types import PreferenceGroup
 
@@ -43,6 +47,110 @@ def confidence_of(pairs: Pairs, groups: Sequence[PreferenceGroup], margin_scale:
     return torch.where(margins.isnan(), smaller, confidence_from_margin(margins, margin_scale))
 
 
+class RankedBatch:
+    """This rank's preference groups of one optimiser step: micro-batches, pairs, weights, and the global denominators.
+
+    Args:
+        batch: the groups' tokens, as many groups as `groups`.
+        config: how pairs are weighed and what their confidence does.
+        margin_scale: the unit of the data's margins.
+        micro_batch_tokens: of one forward.
+    """
+
+    def __init__(
+        self,
+        batch: Sequences,
+        groups: Sequence[PreferenceGroup],
+        config: PairLossConfig,
+        margin_scale: float,
+        micro_batch_tokens: int,
+    ) -> None:
+        self.config = config
+        self.parts = micro_batches(batch.costs, micro_batch_tokens)
+        self.layouts = [batch.layout(part) for part in self.parts]
+        self.tokens = len(batch.tokens)
+        self.pairs: list[Pairs] = []
+        self.flipped: list[Tensor] = []
+        self.best: list[Tensor] = []  # each micro-batch's completions of the highest level of their group
+        confidences = []
+        levels = torch.tensor([level for g in groups for level in g.levels])
+        for part in self.parts:
+            members = batch.members(part)
+            local = torch.searchsorted(torch.tensor(part), batch.group[members])
+            self.pairs.append(ordered_pairs(levels[members], local))
+            confidence = confidence_of(self.pairs[-1], [groups[g] for g in part], margin_scale)
+            confidences.append(confidence if config.labels == "weighted" else torch.ones_like(confidence))
+            self.flipped.append(flips(confidence, config))
+            top = torch.zeros(len(part), dtype=levels.dtype)
+            top.scatter_reduce_(0, local, levels[members], "amax", include_self=False)
+            self.best.append((levels[members] == top[local]).nonzero()[:, 0])
+        strata = strata_of_all_ranks(self.pairs, confidences, config)
+        self.weights = [
+            pair_weights(p, c, config.pair_weighting, totals=strata)
+            for p, c in zip(self.pairs, confidences, strict=True)
+        ]
+        of_best = [int(layout.lengths[b].sum()) for layout, b in zip(self.layouts, self.best, strict=True)]
+        self.totals = distributed.sum_over_ranks(
+            {
+                "weight": sum(float(w.sum()) for w in self.weights),
+                "pairs": sum(len(p.gap) for p in self.pairs),
+                "best_tokens": sum(of_best),
+                "label_entropy": sum(float(label_entropy(f)) for f in self.flipped if config.labels == "soft"),
+            }
+        )
+
+    def loss(self, i: int, scores: Tensor, margin: float = 0.0, centring: float = 0.0) -> Tensor:
+        """Micro-batch i's share of L_group, from the (n,) scores of its completions."""
+        pairs, weights = to_device(self.pairs[i], scores.device), self.weights[i].to(scores.device)
+        shape = self.config.loss if isinstance(self.config, PreferenceLossConfig) else "logistic"
+        flipped = self.flipped[i].to(scores.device)
+        total = group_preference_loss(
+            scores, pairs, weights, margin=margin, shape=shape, flipped=flipped, alpha=self.config.alpha
+        )
+        if centring:
+            total = total + centring * (weights * (scores[pairs.better] + scores[pairs.worse]).square()).sum()
+        return total / max(self.totals["weight"], 1e-12)
+
+    def observe(self, i: int, scores: Tensor) -> dict[str, float]:
+        """Sums over micro-batch i's pairs: how little the scores tell them apart, and how many they order rightly."""
+        pairs = to_device(self.pairs[i], scores.device)
+        uncertainty, _ = preference_uncertainty(scores, pairs)
+        right = (scores[pairs.better] > scores[pairs.worse]).sum()
+        return {"uncertainty": float(uncertainty), "right": float(right)}
+
+
+def flips(confidence: Tensor, config: PairLossConfig) -> Tensor:
+    """(M,) probability that each pair's label is the wrong way round, as the loss is to believe it."""
+    if config.labels == "soft":
+        return flip_probability(confidence)
+    smoothing = config.label_smoothing if isinstance(config, PreferenceLossConfig) else 0.0
+    return torch.full_like(confidence, smoothing)
+
+
+def strata_of_all_ranks(
+    pairs: Sequence[Pairs], confidences: Sequence[Tensor], config: PairLossConfig
+) -> dict[float, float]:
+    """Σ confidence by level gap over all micro-batches of all ranks; empty unless the pairs are stratified."""
+    strata: Counter[float] = Counter()
+    if config.pair_weighting == "hierarchical":
+        own = [stratum_totals(p, c) for p, c in zip(pairs, confidences, strict=True)]
+        for part in distributed.gather_objects(own):
+            for totals in part:
+                strata.update(totals)
+    return dict(strata)
+
+
+def to_device(pairs: Pairs, device: torch.device) -> Pairs:
+    return Pairs(*(value.to(device) for value in (pairs.better, pairs.worse, pairs.gap)))
+
+
+def implicit_scores(engine: HybridEngine, layout: Layout, logp: Tensor, config: PairLossConfig) -> Tensor:
+    """(n,) rewards that the policy implies for a layout's completions."""
+    reference = engine.reference_logprobs(layout)
+    lengths = layout.lengths.to(logp.device)
+    return implicit_reward(logp, reference, lengths, alpha=config.alpha, reduction=config.implicit_reward)
+
+
 def fit_preferences(
     engine: HybridEngine,
     batch: Sequences,
@@ -54,67 +162,58 @@ def fit_preferences(
 ) -> dict[str, float]:
     """One optimiser step on this rank's preference groups: L = λ·L_group + (1 − λ)·L_reg.
 
-    L_group is Σ w·−log σ(s_i − s_j − margin) / Σ w over the pairs of all ranks; L_reg is the negative log-likelihood of
-    each group's best completions through the backbone's own head, a mean over their tokens.
+    L_group is over the pairs of all ranks, of the score head's scores or, with `kind: implicit`, of the rewards that
+    the policy implies. L_reg is the negative log-likelihood of each group's best completions through the backbone's own
+    head, a mean over their tokens.
     """
-    scheme = config.objective.pair_weighting
-    levels = torch.tensor([level for g in groups for level in g.levels])
-    parts = micro_batches(batch.costs, config.training.micro_batch_tokens)
-    pairs, confidences, spoken = [], [], []
-    for part in parts:
-        members = batch.members(part)
-        local = batch.group[members] - part[0]
-        pairs.append(ordered_pairs(levels[members], local))
-        confidences.append(confidence_of(pairs[-1], [groups[g] for g in part], margin_scale))
-        best = torch.zeros(len(part), dtype=levels.dtype).scatter_reduce(
-            0, local, levels[members], "amax", include_self=False
-        )
-        spoken.append((levels[members] == best[local]).nonzero()[:, 0])
-    strata: Counter[float] = Counter()
-    if scheme == "hierarchical":
-        for totals in distributed.gather_objects(
-            [stratum_totals(p, c) for p, c in zip(pairs, confidences, strict=True)]
-        ):
-            for part_totals in totals:
-                strata.update(part_totals)
-    weights = [pair_weights(p, c, scheme, totals=strata) for p, c in zip(pairs, confidences, strict=True)]
-    tokens = sum(int(batch.lengths[batch.members(part)][s].sum()) for part, s in zip(parts, spoken, strict=True))
-    totals = distributed.sum_over_ranks(
-        {"weight": sum(float(w.sum()) for w in weights), "tokens": tokens, "pairs": sum(len(p.gap) for p in pairs)}
-    )
-    sums: Counter[str] = Counter(tokens=len(batch.tokens))
-    for i, counts, last in in_step(parts):
-        layout = batch.layout(parts[i])
-        scores, logp = engine.forward(layout, spoken[i].to(engine.device) if lambda_ < 1 else None)
-        here = Pairs(*(value.to(scores.device) for value in (pairs[i].better, pairs[i].worse, pairs[i].gap)))
-        weight = weights[i].to(scores.device)
-        loss_group = group_preference_loss(scores, here, weight, margin=config.margin) / max(totals["weight"], 1e-12)
-        if config.centring:
-            both = scores[here.better] + scores[here.worse]
-            loss_group = loss_group + config.centring * (weight * both.square()).sum() / max(totals["weight"], 1e-12)
-        loss_reg = -logp.sum() / max(totals["tokens"], 1)
+    ranked = RankedBatch(batch, groups, config.objective, margin_scale, config.training.micro_batch_tokens)
+    sums: Counter[str] = Counter(tokens=ranked.tokens)
+    for i, counts, last in in_step(ranked.parts):
+        layout, best = ranked.layouts[i], ranked.best[i].to(engine.device)
+        if config.kind == "head":
+            scores, spoken = engine.forward(layout, best if lambda_ < 1 else None)  # (n,), (tokens of the best,)
+        else:
+            logp, _ = engine.forward(layout)
+            scores = implicit_scores(engine, layout, logp, config.objective)
+            spoken = logp[batch_tokens(layout, ranked.best[i]).to(engine.device)]
+        loss_group = ranked.loss(i, scores, config.margin, config.centring)
+        loss_reg = -spoken.sum() / max(ranked.totals["best_tokens"], 1)
         loss = (lambda_ * loss_group + (1 - lambda_) * loss_reg) * counts
         engine.backward(loss, last)
         if counts:
-            uncertainty, _ = preference_uncertainty(scores, here)
-            right = (scores[here.better] > scores[here.worse]).sum()
             sums.update(loss=float(loss.detach()), group=float(loss_group.detach()), reg=float(loss_reg.detach()))
-            sums.update(uncertainty=float(uncertainty), right=float(right))
+            sums.update(ranked.observe(i, scores))
     norm = engine.step(learning_rate)
     names = ("loss", "group", "reg", "uncertainty", "right", "tokens")
     total = distributed.sum_over_ranks({name: float(sums[name]) for name in names})
-    return {
+    pairs = max(ranked.totals["pairs"], 1)
+    metrics = {
         "loss": total["loss"],
-        "accuracy": total["right"] / max(totals["pairs"], 1),
+        "accuracy": total["right"] / pairs,
         "grad_norm": norm,
         "agrpo/group_loss": total["group"],
         "agrpo/regulariser": total["reg"],
-        "agrpo/uncertainty": total["uncertainty"] / max(totals["pairs"], 1),
+        "agrpo/uncertainty": total["uncertainty"] / pairs,
         "num_tokens": total["tokens"],
     }
+    if config.objective.labels == "soft":
+        metrics["agrpo/label_entropy"] = ranked.totals["label_entropy"] / pairs
+    return metrics
 
 
-def score_groups(engine: HybridEngine, batch: Sequences, budget: int) -> Tensor:
+def batch_tokens(layout: Layout, members: Tensor) -> Tensor:
+    """Places on a layout's (C,) completion axis of some of its completions' tokens."""
+    chosen = torch.zeros(len(layout.lengths), dtype=torch.bool).index_fill_(0, members, True)
+    return chosen.repeat_interleave(layout.lengths).nonzero()[:, 0]
+
+
+def score_groups(engine: HybridEngine, batch: Sequences, config: RewardConfig) -> Tensor:
     """(N,) scores of all completions; every rank scores all of them."""
-    parts = micro_batches(batch.costs, budget)
-    return torch.cat([engine.evaluate(batch.layout(part))[0].cpu() for part in parts])
+    found = []
+    for part in micro_batches(batch.costs, config.training.micro_batch_tokens):
+        layout = batch.layout(part)
+        scores, *_ = engine.evaluate(layout)
+        if config.kind == "implicit":
+            scores = implicit_scores(engine, layout, scores, config.objective)
+        found.append(scores.cpu())
+    return torch.cat(found)

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agrpo.algorithms.advantages import zero_signal_fraction
+from agrpo.algorithms.segments import segment_sum
 from agrpo.engine import distributed
 from agrpo.evaluation.policy import PolicyEvaluation
 from agrpo.reporting.files import to_json
-from agrpo.training.experience import Scores
+from agrpo.training.scoring import Scores
 from agrpo.training.session import Session
 from agrpo.types import Experience
 
 
-def rollout_metrics(
-    experience: Experience, scores: Tensor, rewards: Scores, clock: Sequence[float]
-) -> dict[str, float]:
-    """Of a step's rollout, over all ranks.
-
-    Args:
-        experience: before pruning.
-        scores: (N, K) of the rewards.
-        clock: seconds at the start, after generation, after the rewards, after the update.
-    """
-    rollout, total = experience.rollout, experience.rewards
+def rollout_metrics(experience: Experience, rewards: Scores, seconds: float) -> dict[str, float]:
+    """Of a step's rollout before pruning, over all ranks; `seconds` are the whole step's."""
+    rollout, total, scores = experience.rollout, experience.rewards, experience.scores
     scored = torch.isfinite(total)
     finite = total[scored].double()
     errors = rewards.take_errors()
@@ -41,7 +32,7 @@ def rollout_metrics(
             "completions": len(total),
             "tokens": len(rollout.tokens),
             "finished": rollout.finished.sum(),
-            "advantage": experience.advantages.square().sum(),
+            "advantage": _of_completions(experience).square().sum(),
             "groups": len(rollout.prompts),
             "silent": zero_signal_fraction(total, rollout.group) * len(rollout.prompts),
             "errors": sum(errors.values()),
@@ -50,7 +41,6 @@ def rollout_metrics(
         }
     )
     mean = sums["reward"] / max(1, sums["scored"])
-    generate, reward, update = (after - before for before, after in pairwise(clock))
     return {
         "reward": mean,
         "reward_std": max(0.0, sums["square"] / max(1, sums["scored"]) - mean**2) ** 0.5,
@@ -61,24 +51,27 @@ def rollout_metrics(
         "frac_reward_zero_std": sums["silent"] / sums["groups"],
         "agrpo/advantage_variance": sums["advantage"] / sums["completions"],
         "num_tokens": sums["tokens"],
-        "time/generate_s": generate,
-        "time/reward_s": reward,
-        "time/update_s": update,
-        "time/step_s": clock[-1] - clock[0],
-        "throughput/completion_tokens_per_s": sums["tokens"] / (clock[-1] - clock[0]),
+        "time/step_s": seconds,
+        "throughput/completion_tokens_per_s": sums["tokens"] / seconds,
     }
 
 
-def sample_rows(experience: Experience, scores: Tensor, rewards: Scores, count: int) -> list[dict[str, Any]]:
+def _of_completions(experience: Experience) -> Tensor:
+    """(N,) advantage of each completion: the mean over its tokens."""
+    lengths = experience.rollout.lengths
+    return segment_sum(experience.advantages, lengths) / lengths
+
+
+def sample_rows(experience: Experience, rewards: Scores, count: int) -> list[dict[str, Any]]:
     """The first completions of the step: prompt, completion, each reward, advantage."""
-    rollout = experience.rollout
+    rollout, advantages = experience.rollout, _of_completions(experience)
     return [
         {
             "prompt": rollout.prompts[int(rollout.group[n])].text,
             "completion": rollout.texts[n],
-            "rewards": dict(zip(rewards.names, scores[n].tolist(), strict=True)),
+            "rewards": dict(zip(rewards.names, experience.scores[n].tolist(), strict=True)),
             "reward": float(experience.rewards[n]),
-            "advantage": float(experience.advantages[n]),
+            "advantage": float(advantages[n]),
             "tokens": int(rollout.lengths[n]),
         }
         for n in range(min(count, len(rollout.texts)))

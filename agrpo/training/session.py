@@ -168,7 +168,8 @@ class Session:
         model = self.config.model
         origin = model.name_or_path or model.gguf or f"{model.config['model_type']}, initialised at random"
         measured = "\n".join(f"- {name}: {_short(value)}" for name, value in results.items())
-        kind = "text-classification" if self.stage == "reward" else "text-generation"
+        classifies = self.stage == "reward" and self.config.kind == "head"
+        kind = "text-classification" if classifies else "text-generation"
         return (
             f"---\nlibrary_name: transformers\npipeline_tag: {kind}\ntags: [agrpo, {self.stage}]\n---\n"
             f"# {self.config.run.name}, stage {self.stage}\n\nTrained with agrpo {agrpo.__version__} from `{origin}`"

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from agrpo.algorithms.gae import value_loss
 from agrpo.algorithms.objective import PolicyTerms, policy_loss, token_weights
 from agrpo.algorithms.preference import (
     Pairs,
+    confidence_from_ensemble,
     confidence_from_rewards,
     group_preference_loss,
     implicit_reward,
+    label_entropy,
     ordered_pairs,
     pair_weights,
     preference_uncertainty,
-    stratum_totals,
 )
-from agrpo.config import ObjectiveConfig, SamplingConfig, TrainingConfig
+from agrpo.config import GroupLossConfig, PolicyConfig
 from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
+from agrpo.engine.layout import Layout
 from agrpo.training.batches import Sequences, in_step, micro_batches
+from agrpo.training.preference import RankedBatch, flips, implicit_scores, strata_of_all_ranks, to_device
 from agrpo.types import Experience
 
 
@@ -33,7 +38,94 @@ class Coefficients:
     beta: float
     epsilon: float  # the lower end; the upper keeps its configured proportion to it
     lambda_: float
+    entropy: float
     reward_scale: float  # τ_R, in which reward differences become confidences
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward of the update learns from; n completions with c tokens."""
+
+    layout: Layout
+    advantages: Tensor  # (c,)
+    weights: Tensor  # (c,) of the tokens in the objective
+    reference: Tensor | None  # (c,) nats; None: nothing is measured against a reference
+    values: Tensor  # (c,), as `returns` empty without a critic
+    returns: Tensor
+    pairs: Pairs
+    pair_weights: Tensor  # (m,), over all ranks' total
+    flipped: Tensor  # (m,)
+
+
+def update_policy(
+    engine: HybridEngine,
+    experience: Experience,
+    coefficients: Coefficients,
+    config: PolicyConfig,
+    learning_rate: float,
+    ranked: RankedBatch | None = None,
+) -> dict[str, float]:
+    """`objective.updates_per_rollout` optimiser steps, each over the whole experience of all ranks.
+
+    L = λ·L_group + (1 − λ)·L_policy, and the critic's loss where there is one. The policy that sampled is the one
+    before the first update, so its log-probabilities are those of the first forward, detached: no extra pass. The
+    reference is read once for all updates.
+
+    Args:
+        ranked: ranked data that has its share in L_group; None where the configuration has none.
+
+    Returns:
+        Metrics of the step, means over all ranks: of the last update, except `loss` and `grad_norm`, of the first.
+    """
+    objective, temperature = config.objective, config.sampling.temperature
+    batches, totals = _micro_batches(engine, experience, coefficients, config)
+    epsilon_high = coefficients.epsilon * objective.epsilon_high / objective.epsilon_low
+    from_data = 0.0 if ranked is None or ranked.totals["weight"] == 0 else objective.group_loss.ranked.ratio
+    old: list[Tensor | None] = [None] * len(batches)
+    metrics: dict[str, float] = {}
+    for update in range(objective.updates_per_rollout):
+        sums: Counter[str] = Counter()
+        for b, counts, last in in_step(batches):
+            batch = batches[b]
+            logp, entropy, *critic = engine.forward(batch.layout, temperature)
+            if not counts:
+                engine.backward(0.0 * sum(part.sum() for part in (logp, entropy, *critic)), last and not from_data)
+                continue
+            old[b] = logp.detach() if old[b] is None else old[b]
+            reference = logp.detach() if batch.reference is None else batch.reference
+            lengths = batch.layout.lengths.to(logp.device)
+            policy, terms = policy_loss(
+                logp,
+                old[b],
+                reference,
+                entropy,
+                batch.advantages,
+                lengths,
+                weights=batch.weights,
+                epsilon_low=coefficients.epsilon,
+                epsilon_high=epsilon_high,
+                beta=coefficients.beta if objective.kl_in == "loss" else 0.0,
+                entropy_coef=coefficients.entropy,
+                kl=objective.kl if batch.reference is not None else "none",
+                ratio=objective.ratio,
+                dual_clip=objective.dual_clip,
+            )
+            loss = (1 - coefficients.lambda_) * policy
+            if critic:
+                missed = value_loss(critic[0], batch.values, batch.returns, objective.value_clip)  # (c,)
+                loss = loss + objective.value_coef * missed.sum() / totals.tokens
+                sums.update(value_loss=float(missed.detach().sum()))
+            if coefficients.lambda_ > 0 and totals.pair_weight > 0:
+                preference, observed = _group_loss(logp, reference, lengths, batch, objective.group_loss)
+                loss = loss + coefficients.lambda_ * (1 - from_data) * preference
+                sums.update(observed)
+            engine.backward(loss, last and not from_data)
+            sums.update(loss=float(loss.detach()), **_numbers(terms))
+        if from_data:
+            sums.update(_learn_ranked(engine, ranked, coefficients.lambda_ * from_data))
+        norm = engine.step(learning_rate)
+        metrics |= _means(distributed.sum_over_ranks(_complete(sums)), norm, update, totals, ranked)
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -41,139 +133,125 @@ class _Totals:
     """Denominators of the whole optimiser step, over all ranks."""
 
     tokens: int
-    sequences: int
     pair_weight: float
-    strata: dict[float, float]
+    pairs: int
+    label_entropy: float  # bits, mean over the sampled pairs; 0 unless labels are soft
+    has_critic: bool
 
 
-def update_policy(
-    engine: HybridEngine,
-    experience: Experience,
-    coefficients: Coefficients,
-    objective: ObjectiveConfig,
-    training: TrainingConfig,
-    sampling: SamplingConfig,
-    learning_rate: float,
-) -> dict[str, float]:
-    """`objective.updates_per_rollout` optimiser steps, each over the whole experience of all ranks.
-
-    L = λ·L_group + (1 − λ)·L_policy. The policy that sampled is the one before the first update, so its
-    log-probabilities are those of the first forward, detached: no extra pass. The reference is read once for all.
-
-    Returns:
-        Metrics of the step, means over all ranks: of the last update, except `loss` and `grad_norm`, of the first.
-    """
-    rollout = experience.rollout
+def _micro_batches(
+    engine: HybridEngine, experience: Experience, coefficients: Coefficients, config: PolicyConfig
+) -> tuple[list[MicroBatch], _Totals]:
+    """The experience cut to size, every denominator in place."""
+    rollout, group_loss, device = experience.rollout, config.objective.group_loss, engine.device
     sequences = Sequences([p.ids for p in rollout.prompts], rollout.group, rollout.lengths, rollout.tokens)
-    batches = micro_batches(sequences.costs, training.micro_batch_tokens)
-    layouts = [sequences.layout(batch) for batch in batches]
-    members = [sequences.members(batch) for batch in batches]
+    parts = micro_batches(sequences.costs, config.training.micro_batch_tokens)
+    layouts = [sequences.layout(part) for part in parts]
+    members = [sequences.members(part) for part in parts]
+    places = [sequences.token_places(m) for m in members]
     pairs = [ordered_pairs(experience.rewards[m], rollout.group[m] - rollout.group[m].min()) for m in members]
-    totals = _totals(experience, members, pairs, coefficients, objective)
-    epsilon_high = coefficients.epsilon * objective.epsilon_high / objective.epsilon_low
-    reference: list[Tensor | None] = [None] * len(batches)
-    for b, _, _ in in_step(batches) if engine.has_reference else ():
-        reference[b] = engine.reference_logprobs(layouts[b], sampling.temperature)
-    old: list[Tensor | None] = [None] * len(batches)
-    metrics: dict[str, float] = {}
-    for update in range(objective.updates_per_rollout):
-        sums: Counter[str] = Counter()
-        for b, counts, last in in_step(batches):
-            logp, entropy = engine.forward(layouts[b], sampling.temperature)
-            if not counts:
-                engine.backward(0.0 * (logp.sum() + entropy.sum()), last)
-                continue
-            old[b] = logp.detach() if old[b] is None else old[b]
-            ref = logp.detach() if reference[b] is None else reference[b]
-            m, lengths = members[b], layouts[b].lengths.to(logp.device)
-            weights = token_weights(
-                lengths,
-                objective.aggregation,
-                total_tokens=totals.tokens,
-                total_sequences=totals.sequences,
-                max_length=sampling.max_completion_length,
-            )
-            policy, terms = policy_loss(
-                logp,
-                old[b],
-                ref,
-                entropy,
-                experience.advantages[m].to(logp.device),
-                lengths,
-                weights=weights,
-                epsilon_low=coefficients.epsilon,
-                epsilon_high=epsilon_high,
-                beta=coefficients.beta,
-                entropy_coef=objective.entropy_coef,
-                kl=objective.kl if reference[b] is not None else "none",
-                ratio=objective.ratio,
-                dual_clip=objective.dual_clip,
-            )
-            loss = (1 - coefficients.lambda_) * policy
-            if coefficients.lambda_ > 0 and totals.pair_weight > 0:
-                preference, observed = _group_loss(
-                    logp, ref, lengths, pairs[b], experience.rewards[m], totals, coefficients, objective
-                )
-                loss = loss + coefficients.lambda_ * preference
-                sums.update(observed)
-            engine.backward(loss, last)
-            sums.update(loss=float(loss.detach()), **_numbers(terms))
-        norm = engine.step(learning_rate)
-        metrics |= _means(distributed.sum_over_ranks(_complete(sums)), norm, update, totals)
-    return metrics
-
-
-def _confidence(pairs: Pairs, rewards: Tensor, scale: float) -> Tensor:
-    """(M,) how sure the rewards are of each pair."""
-    return confidence_from_rewards(rewards[pairs.better], rewards[pairs.worse], scale)
-
-
-def _totals(
-    experience: Experience,
-    members: list[Tensor],
-    pairs: list[Pairs],
-    coefficients: Coefficients,
-    objective: ObjectiveConfig,
-) -> _Totals:
-    scheme = objective.group_loss.pair_weighting
     confidences = [
-        _confidence(p, experience.rewards[m], coefficients.reward_scale) for p, m in zip(pairs, members, strict=True)
+        _confidence(p, experience.scores[m], experience.rewards[m], coefficients.reward_scale, group_loss)
+        for p, m in zip(pairs, members, strict=True)
     ]
-    strata: Counter[float] = Counter()
-    if scheme == "hierarchical":
-        for part in distributed.gather_objects([stratum_totals(p, c) for p, c in zip(pairs, confidences, strict=True)]):
-            for totals in part:
-                strata.update(totals)
-    weight = sum(
-        float(pair_weights(p, c, scheme, totals=strata).sum()) for p, c in zip(pairs, confidences, strict=True)
+    flipped = [flips(c, group_loss) for c in confidences]
+    if group_loss.labels == "soft":
+        confidences = [torch.ones_like(c) for c in confidences]
+    strata = strata_of_all_ranks(pairs, confidences, group_loss)
+    scheme = group_loss.pair_weighting
+    weights = [pair_weights(p, c, scheme, totals=strata) for p, c in zip(pairs, confidences, strict=True)]
+    soft = group_loss.labels == "soft"
+    sums = distributed.sum_over_ranks(
+        {
+            "tokens": len(rollout.tokens),
+            "sequences": len(rollout.lengths),
+            "weight": sum(float(w.sum()) for w in weights),
+            "pairs": sum(len(w) for w in weights),
+            "label_entropy": sum(float(label_entropy(f)) for f in flipped) if soft else 0.0,
+        }
     )
-    lengths = experience.rollout.lengths
-    sums = distributed.sum_over_ranks({"tokens": int(lengths.sum()), "sequences": len(lengths), "weight": weight})
-    return _Totals(int(sums["tokens"]), int(sums["sequences"]), sums["weight"], dict(strata))
+    batches = [
+        MicroBatch(
+            layout=layout,
+            advantages=experience.advantages[place].to(device),
+            weights=token_weights(
+                layout.lengths,
+                config.objective.aggregation,
+                total_tokens=int(sums["tokens"]),
+                total_sequences=int(sums["sequences"]),
+                max_length=config.sampling.max_completion_length,
+            ).to(device),
+            reference=experience.reference[place].to(device) if len(experience.reference) else None,
+            values=_part(experience.values, place, device),
+            returns=_part(experience.returns, place, device),
+            pairs=to_device(pairs[b], device),
+            pair_weights=weights[b].to(device) / max(sums["weight"], 1e-12),
+            flipped=flipped[b].to(device),
+        )
+        for b, (layout, place) in enumerate(zip(layouts, places, strict=True))
+    ]
+    if engine.has_reference and not len(experience.reference):
+        batches = _with_reference(engine, batches, config.sampling.temperature)
+    return batches, _Totals(
+        tokens=int(sums["tokens"]),
+        pair_weight=sums["weight"],
+        pairs=int(sums["pairs"]),
+        label_entropy=sums["label_entropy"] / max(1, sums["pairs"]),
+        has_critic=len(experience.values) > 0,
+    )
+
+
+def _part(values: Tensor, places: Tensor, device: torch.device) -> Tensor:
+    return (values[places] if len(values) else values).to(device)
+
+
+def _with_reference(engine: HybridEngine, batches: Sequence[MicroBatch], temperature: float) -> list[MicroBatch]:
+    found: list[MicroBatch] = []
+    for b, counts, _ in in_step(batches):
+        reference = engine.reference_logprobs(batches[b].layout, temperature)
+        if counts:
+            found.append(MicroBatch(**{**vars(batches[b]), "reference": reference}))
+    return found
+
+
+def _confidence(pairs: Pairs, scores: Tensor, rewards: Tensor, scale: float, config: GroupLossConfig) -> Tensor:
+    """(m,) how sure the rewards are of each pair of a micro-batch's completions."""
+    if config.confidence == "rewards":
+        return confidence_from_rewards(rewards[pairs.better], rewards[pairs.worse], scale)
+    votes = (~scores.isnan()).sum(1)  # (n,) rewards that scored the completion
+    mean = scores.nanmean(1)
+    deviation = ((scores - mean[:, None]).square().nansum(1) / votes.clamp(min=1)).sqrt()
+    i, j = pairs.better, pairs.worse
+    return confidence_from_ensemble(mean[i], mean[j], deviation[i], deviation[j])
 
 
 def _group_loss(
-    logp: Tensor,
-    ref: Tensor,
-    lengths: Tensor,
-    pairs: Pairs,
-    rewards: Tensor,
-    totals: _Totals,
-    coefficients: Coefficients,
-    objective: ObjectiveConfig,
+    logp: Tensor, reference: Tensor, lengths: Tensor, batch: MicroBatch, config: GroupLossConfig
 ) -> tuple[Tensor, dict[str, float]]:
     """This micro-batch's share of L_group, and what the λ controller will observe."""
-    config = objective.group_loss
-    confidence = _confidence(pairs, rewards, coefficients.reward_scale)
-    weights = pair_weights(pairs, confidence, config.pair_weighting, totals=totals.strata)
-    scores = implicit_reward(logp, ref, lengths, alpha=config.alpha, reduction=config.implicit_reward)
-    on_device = Pairs(*(value.to(scores.device) for value in (pairs.better, pairs.worse, pairs.gap)))
-    loss = group_preference_loss(scores, on_device, weights.to(scores.device)) / totals.pair_weight
-    uncertainty, count = preference_uncertainty(scores, on_device)
-    return loss, {"group_loss": float(loss.detach()), "uncertainty": float(uncertainty), "pairs": count}
+    scores = implicit_reward(logp, reference, lengths, alpha=config.alpha, reduction=config.implicit_reward)
+    loss = group_preference_loss(scores, batch.pairs, batch.pair_weights, flipped=batch.flipped)
+    uncertainty, _ = preference_uncertainty(scores, batch.pairs)
+    return loss, {"group_loss": float(loss.detach()), "uncertainty": float(uncertainty)}
 
 
-_GROUP_SUMS = ("group_loss", "uncertainty", "pairs")
+def _learn_ranked(engine: HybridEngine, ranked: RankedBatch, weight: float) -> Counter[str]:
+    """The ranked data's part of L_group, backward included, up to the end of the optimiser step."""
+    sums: Counter[str] = Counter()
+    for i, counts, last in in_step(ranked.parts):
+        logp, entropy, *critic = engine.forward(ranked.layouts[i])
+        scores = implicit_scores(engine, ranked.layouts[i], logp, ranked.config)
+        loss = weight * ranked.loss(i, scores)
+        unused = 0.0 * sum(part.sum() for part in (entropy, *critic))
+        engine.backward(loss * counts + unused, last)
+        if counts:
+            observed = ranked.observe(i, scores)
+            sums.update(ranked_loss=float(loss.detach()) / weight if weight else 0.0, loss=float(loss.detach()))
+            sums.update({f"ranked_{name}": value for name, value in observed.items()})
+    return sums
+
+
+_SUMS = ("loss", "group_loss", "uncertainty", "value_loss", "ranked_loss", "ranked_uncertainty", "ranked_right")
 
 
 def _numbers(terms: PolicyTerms) -> dict[str, float]:
@@ -182,11 +260,12 @@ def _numbers(terms: PolicyTerms) -> dict[str, float]:
 
 def _complete(sums: Counter[str]) -> dict[str, float]:
     """Every key on every rank, in one order."""
-    names = ("loss", *_GROUP_SUMS, *(field.name for field in fields(PolicyTerms)))
-    return {name: float(sums[name]) for name in names}
+    return {name: float(sums[name]) for name in (*_SUMS, *(field.name for field in fields(PolicyTerms)))}
 
 
-def _means(sums: dict[str, float], norm: float, update: int, totals: _Totals) -> dict[str, float]:
+def _means(
+    sums: dict[str, float], norm: float, update: int, totals: _Totals, ranked: RankedBatch | None
+) -> dict[str, float]:
     tokens = max(1.0, sums["tokens"])
     metrics = {
         "kl": sums["kl"] / tokens,
@@ -198,16 +277,17 @@ def _means(sums: dict[str, float], norm: float, update: int, totals: _Totals) ->
         "agrpo/kl_symmetric": sums["symmetric_kl"] / tokens,
         "agrpo/kl_update": sums["update_kl"] / tokens,
     }
-    if totals.pair_weight > 0 and sums["pairs"] > 0:
+    if totals.has_critic:
+        metrics["agrpo/value_loss"] = sums["value_loss"] / tokens
+    if totals.pair_weight > 0 and totals.pairs > 0 and sums["uncertainty"] > 0:
         metrics["agrpo/group_loss"] = sums["group_loss"]
-        metrics["agrpo/uncertainty"] = sums["uncertainty"] / sums["pairs"]
+        metrics["agrpo/uncertainty"] = sums["uncertainty"] / totals.pairs
+        if totals.label_entropy:
+            metrics["agrpo/label_entropy"] = totals.label_entropy
+    if ranked is not None and ranked.totals["pairs"]:
+        metrics["agrpo/ranked_loss"] = sums["ranked_loss"]
+        metrics["agrpo/ranked_accuracy"] = sums["ranked_right"] / ranked.totals["pairs"]
+        metrics["agrpo/ranked_uncertainty"] = sums["ranked_uncertainty"] / ranked.totals["pairs"]
     if update == 0:
         metrics |= {"loss": sums["loss"], "grad_norm": norm}
     return metrics
-
-
-def mean_over_ranks(values: Tensor) -> float:
-    """Mean of all finite values of all ranks; NaN where there are none."""
-    finite = values[torch.isfinite(values)].double()
-    sums = distributed.sum_over_ranks({"sum": finite.sum(), "count": len(finite)})
-    return sums["sum"] / sums["count"] if sums["count"] else float("nan")

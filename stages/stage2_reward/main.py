@@ -1,9 +1,11 @@
-"""Stage 2: a reward model from preference groups."""
+"""Stage 2: a reward model from preference groups, or the policy itself tuned on them."""
 
 import sys
 import time
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from agrpo.config import RewardConfig, parse_command_line
 from agrpo.data.load import encode_groups, read_preference_groups, require_batch
@@ -12,9 +14,16 @@ from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.engine.modules import Policy, Scorer
 from agrpo.evaluation.preferences import evaluate_scores
-from agrpo.models import load_language_model, load_tokenizer, make_trainable, save_reward_model, stop_ids
+from agrpo.models import (
+    load_language_model,
+    load_tokenizer,
+    make_trainable,
+    save_language_model,
+    save_reward_model,
+    stop_ids,
+)
 from agrpo.training.batches import Sequences
-from agrpo.training.controllers import lambda_controller
+from agrpo.training.controllers import lambda_controller, out_of_reach
 from agrpo.training.preference import fit_preferences, margin_scale, score_groups
 from agrpo.training.schedule import learning_rate
 from agrpo.training.session import Session, readable_errors
@@ -32,16 +41,17 @@ def main(config: RewardConfig) -> None:
     scale = margin_scale(groups)
     lm = load_language_model(config.model, tokenizer, config.seed)
     torch.manual_seed(config.seed)
-    scorer = Scorer(Policy(make_trainable(lm, config.model)))
+    policy = Policy(make_trainable(lm, config.model))
     engine = HybridEngine(
-        scorer,
+        Scorer(policy) if config.kind == "head" else policy,
         engine=config.engine,
         training=training,
         tokenizer=tokenizer,
         stop=stop_ids(tokenizer, lm),
         dtype=config.model.dtype,
+        with_reference=config.kind == "implicit",
     )
-    session.describe(scorer.policy)
+    session.describe(policy)
 
     held_out = {}
     for name, source in (("validation", evaluation.data), ("test", evaluation.test)):
@@ -64,21 +74,30 @@ def main(config: RewardConfig) -> None:
         metrics |= {"learning_rate": rate, "time/step_s": seconds, "agrpo/lambda": lambda_.value}
         metrics["throughput/completion_tokens_per_s"] = metrics["num_tokens"] / seconds
         lambda_.observe(metrics["agrpo/uncertainty"])
+        if step == session.first_step and config.lambda_.kind == "adaptive":
+            session.notes(filter(None, [out_of_reach(config.lambda_.target, metrics)]))
         if session.evaluation_due(step):
             rows, batch = held_out["validation"]
-            scores = score_groups(engine, batch, training.micro_batch_tokens)
+            scores = score_groups(engine, batch, config)
             metrics["evaluation/pairwise_accuracy"] = evaluate_scores(scores, rows).accuracy
         log.step(step, metrics)
 
     results = {}
     if held_out:
         rows, batch = held_out.get("test") or held_out["validation"]
-        measured = evaluate_scores(score_groups(engine, batch, training.micro_batch_tokens), rows)
+        measured = evaluate_scores(score_groups(engine, batch, config), rows)
         results = measured.summary()
         log.note(measured.in_words())
     engine.generation_mode()
-    whole = engine.whole_module
-    session.finish(results, lambda folder: save_reward_model(whole.policy.lm, whole.score.weight, tokenizer, folder))
+    session.finish(results, lambda folder: save(engine, config, tokenizer, folder))
+
+
+def save(engine: HybridEngine, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A sequence-classification model, or with `kind: implicit` the policy itself."""
+    if config.kind == "head":
+        save_reward_model(engine.whole_policy.lm, engine.whole_module.score.weight, tokenizer, folder)
+    else:
+        save_language_model(engine.whole_policy.lm, tokenizer, folder)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from agrpo.engine.backends.native import NativeBackend, Sampling
 from agrpo.engine.modules import Policy, cast_weights
 from agrpo.models import load_language_model, load_tokenizer, stop_ids
 from agrpo.reporting.files import replace, to_json
-from agrpo.training.experience import ranked_groups, score
+from agrpo.training.scoring import ranked_groups, score
 from agrpo.training.session import readable_errors
 from reward_models.configured import require_scores, reward_set
 

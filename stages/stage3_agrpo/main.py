@@ -8,18 +8,18 @@ from agrpo.config import PolicyConfig, parse_command_line
 from agrpo.data.load import encode_prompts, read_prompts, require_batch
 from agrpo.data.streams import Stream
 from agrpo.engine import distributed
-from agrpo.engine.backends.native import Sampling
 from agrpo.engine.hybrid import HybridEngine
-from agrpo.engine.modules import Policy
+from agrpo.engine.modules import ActorCritic, Policy
 from agrpo.evaluation.policy import evaluate_policy
 from agrpo.models import load_language_model, load_tokenizer, make_trainable, save_language_model, stop_ids
 from agrpo.training.controllers import Controllers
-from agrpo.training.experience import estimate_advantages, prune, score
+from agrpo.training.experience import make_experience, prune
+from agrpo.training.grouping import Sampler
+from agrpo.training.ranked import RankedData
 from agrpo.training.samples import rollout_metrics, sample_rows, write_evaluation
 from agrpo.training.schedule import learning_rate
 from agrpo.training.session import Session, readable_errors
 from agrpo.training.update import update_policy
-from agrpo.types import Experience, Prompt
 from reward_models.configured import require_scores, reward_set
 
 
@@ -32,7 +32,7 @@ def main(config: PolicyConfig) -> None:
     tokenizer, notes = load_tokenizer(config.model)
     session.notes(notes)
     prompts = encode_prompts(data, tokenizer, sampling.max_prompt_length, log.note)
-    require_batch(len(prompts), sampling.prompts_per_step, "prompts", "sampling.prompts_per_step")
+    require_batch(len(prompts), config.prompts_per_rollout, "prompts", "sampling.prompts_per_step")
     held_out = {
         name: encode_prompts(read_prompts(source, log.note), tokenizer, sampling.max_prompt_length, log.note)
         for name, source in (("validation", evaluation.data), ("test", evaluation.test))
@@ -40,7 +40,7 @@ def main(config: PolicyConfig) -> None:
     }
     lm = load_language_model(config.model, tokenizer, config.seed)
     stop = stop_ids(tokenizer, lm)
-    policy = Policy(make_trainable(lm, config.model))
+    policy = (ActorCritic if config.needs_critic else Policy)(make_trainable(lm, config.model))
     engine = HybridEngine(
         policy,
         engine=config.engine,
@@ -59,37 +59,28 @@ def main(config: PolicyConfig) -> None:
         before = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)
         results |= write_evaluation(session, "before", before)
 
-    stream = Stream(len(prompts), sampling.prompts_per_step, config.seed, distributed.rank(), distributed.world())
-    session.restore(engine, stream=stream, controllers=controllers)
-    how = Sampling(sampling.max_completion_length, sampling.temperature, sampling.top_p)
+    stream = Stream(len(prompts), config.prompts_per_rollout, config.seed, distributed.rank(), distributed.world())
+    ranked = RankedData(config, tokenizer, log.note)
+    session.restore(engine, stream=stream, ranked=ranked, controllers=controllers)
+    sample = Sampler(config, prompts, stream, rewards)
     for step in session.steps():
-        clock = [perf_counter()]
-        asked = [Prompt(prompts[i].text, prompts[i].ids, slot, prompts[i].columns) for slot, i in next(stream)]
-        rollout = engine.generate(asked, [sampling.num_generations] * len(asked), how, (config.seed, step))
-        clock.append(perf_counter())
-        scores = score(rewards, rollout)  # (N, K)
+        began = perf_counter()
+        rollout, scores, metrics = sample(engine, step)
         require_scores(rewards, scores)
-        clock.append(perf_counter())
-        total = rewards.total(scores)  # (N,)
-        experience = Experience(rollout, total, estimate_advantages(total, rollout, config.advantage))
+        sampled = perf_counter()
+        experience = make_experience(engine, rollout, scores, rewards, config, controllers.beta.value)
         rate = learning_rate(step, config.training)
-        metrics = update_policy(
-            engine,
-            prune(experience, config.pruning.rate),
-            controllers.coefficients(),
-            config.objective,
-            config.training,
-            sampling,
-            rate,
+        metrics |= update_policy(
+            engine, prune(experience, config.pruning), controllers.coefficients(), config, rate, next(ranked)
         )
-        clock.append(perf_counter())
-        metrics |= rollout_metrics(experience, scores, rewards, clock)
-        metrics |= {"learning_rate": rate, **controllers.metrics()}
-        controllers.observe(metrics)
+        done = perf_counter()
+        metrics |= rollout_metrics(experience, rewards, done - began)
+        metrics |= {"time/update_s": done - sampled, "learning_rate": rate, **controllers.metrics()}
+        session.notes(controllers.observe(metrics))
         if session.evaluation_due(step):
             metrics |= evaluate_policy(engine, held_out["validation"], verifier, evaluation, config.seed).metrics()
         log.step(step, metrics)
-        log.samples(step, sample_rows(experience, scores, rewards, config.logging.samples_per_step))
+        log.samples(step, sample_rows(experience, rewards, config.logging.samples_per_step))
 
     if "test" in held_out:
         after = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)

@@ -83,9 +83,9 @@ def pairs(rows):
                 yield (a[0], b[0]) if a[1] > b[1] else (b[0], a[0])
 
 
-@pytest.mark.parametrize("kind", ["reasoned", "balanced", "mixed"])
-def test_form_and_length_say_nothing_of_the_level(kind):
-    found = list(pairs(chains.preference_groups("train", count=1500, seed=2, kind=kind)))
+@pytest.mark.parametrize("direct", [0.0, 0.5, 1.0])
+def test_form_and_length_say_nothing_of_the_level(direct):
+    found = list(pairs(chains.preference_groups("train", count=1500, seed=2, direct=direct)))
     features = {
         "longer": len,
         "shorter": lambda text: -len(text),
@@ -97,16 +97,16 @@ def test_form_and_length_say_nothing_of_the_level(kind):
         assert score / len(found) == pytest.approx(0.5, abs=0.05), name
 
 
-@pytest.mark.parametrize("kind", ["reasoned", "balanced"])
-def test_right_is_right_and_each_wrong_completion_holds_exactly_one_slip(kind):
+@pytest.mark.parametrize("direct", [0.0, 1.0])
+def test_right_is_right_and_each_wrong_completion_holds_exactly_one_slip(direct):
     slips = {"result": 0, "operand": 0, "answer": 0}
     equal = total = 0
-    for row in chains.preference_groups("train", count=600, seed=4, kind=kind):
+    for row in chains.preference_groups("train", count=600, seed=4, direct=direct):
         value, steps = left_to_right(row["prompt"][:-1])
         right = f"<think>{';'.join(steps)}</think><answer>{value}</answer>"
         allowed = {right, f"<answer>{value}</answer>"}
         assert len(set(row["completions"])) == 4
-        assert sorted(row["levels"]) == ([0, 0, 0, 1] if kind == "reasoned" else [0, 0, 1, 1])
+        assert sorted(row["levels"]) == ([0, 0, 0, 1] if direct == 0 else [0, 0, 1, 1])
         for completion, level in zip(row["completions"], row["levels"], strict=True):
             assert (completion in allowed) == bool(level)
             assert len(completion) in map(len, allowed)
@@ -146,7 +146,7 @@ def test_groups_can_be_larger_and_stay_distinct():
 
 
 def test_rows_use_no_other_characters_than_the_alphabet():
-    for row in chains.preference_groups("test", count=200, kind="mixed"):
+    for row in chains.preference_groups("test", count=200, direct=0.5):
         for text in (row["prompt"], *row["completions"]):
             for tag in chains.TAGS:
                 text = text.replace(tag, "")
@@ -159,8 +159,8 @@ def test_rows_use_no_other_characters_than_the_alphabet():
         (chains.problems, {"split": "dev"}),
         (chains.problems, {"split": "train", "min_terms": 1}),
         (chains.demonstrations, {"split": "train", "direct": 1.5}),
-        (chains.preference_groups, {"split": "train", "kind": "reasond"}),
-        (chains.preference_groups, {"split": "train", "kind": "balanced", "size": 6}),
+        (chains.preference_groups, {"split": "train", "direct": -0.5}),
+        (chains.preference_groups, {"split": "train", "size": 1}),
     ],
 )
 def test_wrong_parameters_are_refused_by_name(make, wrong):

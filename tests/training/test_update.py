@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny import FAMILIES, engine_of, ragged
 
-from agrpo.config import AdvantageConfig, GroupLossConfig, ObjectiveConfig, SamplingConfig, TrainingConfig
-from agrpo.training.experience import estimate_advantages, prune, ranked_groups
+from agrpo.algorithms.segments import per_token
+from agrpo.config import AdvantageConfig, GroupLossConfig, PolicyConfig, PruningConfig, TrainingConfig
+from agrpo.training.experience import estimate_advantages, prune
 from agrpo.training.schedule import learning_rate
+from agrpo.training.scoring import ranked_groups
 from agrpo.training.update import Coefficients, update_policy
 from agrpo.types import Experience, Prompt, Rollout
 
@@ -21,6 +23,11 @@ GRPO = {"kl": "forward", "aggregation": "sequence", "updates_per_rollout": 1}
 def model():
     torch.manual_seed(0)
     return FAMILIES["llama-untied"]()
+
+
+def advantages_of(rewards, rollout, **how):
+    """(N,) advantages of one reward function's scores."""
+    return estimate_advantages(rewards[:, None], torch.ones(1), rewards, rollout, AdvantageConfig(**how))
 
 
 def experience(rewards=(1.0, 0.0, 0.25, 1.0, 0.0, 1.0, 0.5, 0.0), slots=(0, 1, 2), order=range(8)):
@@ -39,19 +46,26 @@ def experience(rewards=(1.0, 0.0, 0.25, 1.0, 0.0, 1.0, 0.5, 0.0), slots=(0, 1, 2
         weight_version=0,
     )
     rewards = torch.tensor(rewards)[order]
-    return Experience(rollout, rewards, estimate_advantages(rewards, rollout, AdvantageConfig(kind="group")))
+    advantages = per_token(advantages_of(rewards, rollout, kind="group"), rollout.lengths)
+    nothing = torch.zeros(0)
+    return Experience(rollout, rewards[:, None], rewards, advantages, nothing, nothing, nothing)
 
 
 def update(engine, what, lambda_=0.0, micro=10**6, beta=0.3, entropy_coef=0.0, rate=RATE, **objective):
-    return update_policy(
-        engine,
-        what,
-        Coefficients(beta=beta, epsilon=0.1, lambda_=lambda_, reward_scale=0.5),
-        ObjectiveConfig(**{**GRPO, "epsilon_low": 0.2, "epsilon_high": 0.8, "entropy_coef": entropy_coef, **objective}),
-        TrainingConfig(max_steps=1, micro_batch_tokens=micro),
-        SamplingConfig(temperature=TEMPERATURE),
-        rate,
+    config = PolicyConfig(
+        data={"source": "python:agrpo.data.tasks.chains:problems"},
+        rewards=[{"target": "reward_models.rules.accuracy"}],
+        training={"max_steps": 1, "micro_batch_tokens": micro},
+        sampling={"temperature": TEMPERATURE},
+        objective={**GRPO, "epsilon_low": 0.2, "epsilon_high": 0.8, **objective},
     )
+    how = Coefficients(beta=beta, epsilon=0.1, lambda_=lambda_, entropy=entropy_coef, reward_scale=0.5)
+    return update_policy(engine, what, how, config, rate)
+
+
+def of_completions(what):
+    """(N,) advantages."""
+    return what.advantages[what.rollout.lengths.cumsum(0) - 1]
 
 
 def plain_logprobs(lm, what):
@@ -69,13 +83,13 @@ def grpo_loss(lm, reference, what, old, beta=0.3, entropy_coef=0.0):
     """GRPO, eq. 3, written out: clipped surrogate and k3, the mean of each completion, then over completions."""
     total = 0.0
     for (logp, entropy), (ref, _), before, advantage in zip(
-        plain_logprobs(lm, what), plain_logprobs(reference, what), old, what.advantages, strict=True
+        plain_logprobs(lm, what), plain_logprobs(reference, what), old, of_completions(what), strict=True
     ):
         ratio = (logp - before).exp()
         gain = torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.4) * advantage)
         k3 = (ref.detach() - logp).exp() - (ref.detach() - logp) - 1
         total = total + (-gain + beta * ratio.detach() * k3 - entropy_coef * entropy).mean()
-    return total / len(what.advantages)
+    return total / len(old)
 
 
 def moved():
@@ -115,7 +129,7 @@ def test_a_second_update_is_measured_against_the_policy_that_sampled():
     ratios = [(logp - before).exp() for (logp, _), before in zip(plain_logprobs(policy, what), old, strict=True)]
     held = [
         ((r > 1.4) if a > 0 else (r < 0.9) if a < 0 else torch.zeros_like(r, dtype=torch.bool))
-        for r, a in zip(ratios, what.advantages, strict=True)
+        for r, a in zip(ratios, of_completions(what), strict=True)
     ]
     share = torch.cat(held).float().mean().item()
     assert share > 0.05
@@ -175,10 +189,10 @@ def test_advantages_are_of_the_group_whatever_the_slots():
     for sizes in ((0, 3), (4, 8)):
         own = torch.tensor(rewards[slice(*sizes)])
         expected = (own - own.mean()) / (own.std(unbiased=False) + 1e-4)
-        torch.testing.assert_close(what.advantages[slice(*sizes)], expected)
-    assert what.advantages[3] == 0  # a group of one
+        torch.testing.assert_close(of_completions(what)[slice(*sizes)], expected)
+    assert of_completions(what)[3] == 0  # a group of one
     weighted = [
-        estimate_advantages(torch.tensor(rewards), experience(rewards, s).rollout, AdvantageConfig(kind="weighted"))
+        advantages_of(torch.tensor(rewards), experience(rewards, s).rollout, kind="weighted")
         for s in (slots, (0, 1, 2))
     ]
     torch.testing.assert_close(*weighted)
@@ -186,14 +200,14 @@ def test_advantages_are_of_the_group_whatever_the_slots():
 
 def test_pruning_keeps_the_largest_advantages_and_everything_that_is_theirs():
     what = experience((1.0, 0.0, 0.4, 1.0, 0.0, 1.0, 0.5, 0.1))
-    assert prune(what, 0.0) is what
-    kept = prune(what, 0.5)
+    assert prune(what, PruningConfig()) is what
+    kept = prune(what, PruningConfig(rate=0.5))
     assert kept.rollout.texts == ("text 0", "text 1", "text 3", "text 4", "text 5")
     assert kept.rollout.group.tolist() == [0, 0, 1, 2, 2]
     parts = what.rollout.tokens.split(what.rollout.lengths.tolist())
     for tokens, n in zip(kept.rollout.tokens.split(kept.rollout.lengths.tolist()), (0, 1, 3, 4, 5), strict=True):
         assert torch.equal(tokens, parts[n])
-    assert torch.equal(kept.advantages, what.advantages[torch.tensor([0, 1, 3, 4, 5])])
+    assert torch.equal(of_completions(kept), of_completions(what)[torch.tensor([0, 1, 3, 4, 5])])
     assert len(kept.rollout.logp) == len(kept.rollout.tokens)
     assert torch.equal(kept.rewards, what.rewards[torch.tensor([0, 1, 3, 4, 5])])
 

@@ -11,7 +11,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # whole tokens, beside the characters 0-9 + - = ;
 SPLITS = ("train", "validation", "test")  # about 80, 10 and 10 per cent of all chains
@@ -66,8 +66,7 @@ def demonstrations(
 ) -> Iterator[dict[str, Any]]:
     """Prompts and right completions, a share `direct` of them without the reasoning. Chains may repeat."""
     _check(split, min_terms, max_terms)
-    if not 0 <= direct <= 1:
-        raise ValueError(f"direct: {direct} is not a share between 0 and 1")
+    _check_share(direct)
     for index in range(count):
         rng = _rng(seed, split, index)
         chain = _draw(rng, split, min_terms, max_terms)
@@ -82,25 +81,23 @@ def preference_groups(
     min_terms: int = 2,
     max_terms: int = 5,
     size: int = 4,
-    kind: Literal["reasoned", "balanced", "mixed"] = "reasoned",
+    direct: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
     """Right (level 1) and wrong (level 0) completions of a chain, in random order; form says nothing of the level.
 
-    `reasoned`: `size` completions that all reason; one is right, each other holds one slip and is as long as the right
-    one (where a chain has too few such slips, the nearest length). `balanced`: four completions, right and wrong with
-    reasoning, right and wrong without. `mixed`: either, evenly; size is 4.
+    All `size` completions reason; one is right, each other holds one slip and is as long as the right one (where a
+    chain has too few such slips, the nearest length). A share `direct` of the groups holds four other completions:
+    right and wrong with reasoning, right and wrong without.
     """
     _check(split, min_terms, max_terms)
-    if kind not in ("reasoned", "balanced", "mixed"):
-        raise ValueError(f"kind: {kind!r} is not one of reasoned, balanced, mixed")
-    if size < 2 or (size != 4 and kind != "reasoned"):
-        raise ValueError(f"size: {size}; at least 2 for reasoned, and 4 for balanced and mixed")
+    _check_share(direct)
+    if size < 2:
+        raise ValueError(f"size: {size}; a group needs a right and a wrong completion: at least 2")
     for index in range(count):
         rng = _rng(seed, split, index)
         chain = _draw(rng, split, min_terms, max_terms)
         right = _right(chain)
-        balanced = kind == "balanced" or (kind == "mixed" and rng.random() < 0.5)
-        if balanced:
+        if direct and rng.random() < direct:
             answer = chain.results[-1]
             ranked = [(right, 1), (_wrong(rng, chain, 1)[0], 0), (_direct(answer), 1), (_direct(_near(rng, answer)), 0)]
         else:
@@ -125,6 +122,11 @@ def _check(split: str, min_terms: int, max_terms: int) -> None:
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
     if not 2 <= min_terms <= max_terms:
         raise ValueError(f"min_terms: {min_terms}, max_terms: {max_terms}; needed is 2 ≤ min_terms ≤ max_terms")
+
+
+def _check_share(direct: float) -> None:
+    if not 0 <= direct <= 1:
+        raise ValueError(f"direct: {direct} is not a share between 0 and 1")
 
 
 def _draw(rng: random.Random, split: str, min_terms: int, max_terms: int) -> Chain:

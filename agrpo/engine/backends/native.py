@@ -55,12 +55,19 @@ class NativeBackend:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Sampling, key: tuple[int, int]
+        self,
+        prompts: Sequence[Prompt],
+        counts: Sequence[int],
+        sampling: Sampling,
+        key: tuple[int, int],
+        first: int = 0,
     ) -> Rollout:
-        """Sample counts[p] completions of prompt p. `key` is (seed, step) of the random streams."""
+        """Sample counts[p] completions of prompt p, its samples first, first + 1, …; `key` is (seed, step)."""
         device = self.lm.get_input_embeddings().weight.device
         group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))  # (N,)
-        streams = [(p.slot, sample) for p, count in zip(prompts, counts, strict=True) for sample in range(count)]
+        streams = [
+            (p.slot, sample) for p, count in zip(prompts, counts, strict=True) for sample in range(first, first + count)
+        ]
         random = None if sampling.greedy else uniforms(key, streams, sampling.max_completion_length).to(device)
         rows = torch.arange(len(group)).split(self.max_sequences)
         parts = [self._decode(prompts, group[r], None if random is None else random[r], sampling, device) for r in rows]

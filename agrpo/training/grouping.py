@@ -1,0 +1,163 @@
+"""Which prompts are sampled how often in a step: fixed groups, adaptive ones, or rounds until enough groups differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from agrpo.algorithms.advantages import spread
+from agrpo.algorithms.grouping import neyman_allocation, pass_deviation
+from agrpo.config import PolicyConfig
+from agrpo.engine import distributed
+from agrpo.engine.backends.native import Sampling
+from agrpo.engine.hybrid import HybridEngine
+from agrpo.training.rollouts import join, take, without_silent_prompts
+from agrpo.training.scoring import Scores, score
+from agrpo.types import Prompt, Rollout
+
+Sampled = tuple[Rollout, Tensor, dict[str, float]]  # completions, their (N, K) scores, and metrics
+
+
+class Sampler:
+    """Samples a step's completions as `grouping` says, and scores them.
+
+    Args:
+        config: of stage 3.
+        prompts: all prompts of the data; each call takes some of them from the stream.
+        stream: batches of (slot, index) of this rank.
+        rewards: score completions.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        prompts: Sequence[Prompt],
+        stream: Iterator[Sequence[tuple[int, int]]],
+        rewards: Scores,
+    ) -> None:
+        self.config, self.prompts, self.stream, self.rewards = config, prompts, stream, rewards
+        sampling = config.sampling
+        self._how = Sampling(sampling.max_completion_length, sampling.temperature, sampling.top_p)
+        kinds = {"fixed": self._fixed, "adaptive": self._adaptive, "dynamic": self._dynamic}
+        self._collect = kinds[config.grouping.kind]
+
+    def __call__(self, engine: HybridEngine, step: int) -> Sampled:
+        self._seconds = {"time/generate_s": 0.0, "time/reward_s": 0.0}
+
+        def generate(prompts: Sequence[Prompt], counts: Sequence[int], first: int) -> Rollout:
+            began = perf_counter()
+            rollout = engine.generate(prompts, counts, self._how, (self.config.seed, step), first)
+            self._seconds["time/generate_s"] += perf_counter() - began
+            return rollout
+
+        rollout, scores, metrics = self._collect(generate)
+        return rollout, scores, {**metrics, **self._seconds}
+
+    def _score(self, rollout: Rollout) -> Tensor:
+        began = perf_counter()
+        scores = score(self.rewards, rollout)
+        self._seconds["time/reward_s"] += perf_counter() - began
+        return scores
+
+    def _ask(self, round_: int = 0) -> list[Prompt]:
+        """The stream's next prompts. Slots of later rounds go on counting: they key the random streams."""
+        offset = round_ * self.config.prompts_per_rollout
+        return [
+            Prompt(self.prompts[i].text, self.prompts[i].ids, offset + slot, self.prompts[i].columns)
+            for slot, i in next(self.stream)
+        ]
+
+    def _fixed(self, generate: Callable[..., Rollout]) -> Sampled:
+        asked = self._ask()
+        rollout = generate(asked, [self.config.sampling.num_generations] * len(asked), 0)
+        return rollout, self._score(rollout), {}
+
+    def _adaptive(self, generate: Callable[..., Rollout]) -> Sampled:
+        """A pilot for every prompt, then the rest of the budget where the rewards are least certain."""
+        grouping, size = self.config.grouping, self.config.sampling.num_generations
+        asked = self._ask()
+        pilot = generate(asked, [grouping.least] * len(asked), 0)
+        scores = self._score(pilot)
+        own = _outcomes(pilot, self.rewards.total(scores))
+        parts = distributed.gather_objects((own, [p.slot for p in asked]))
+        outcomes = [outcome for part, _ in parts for outcome in part]
+        slots = [slot for _, part in parts for slot in part]
+        order = sorted(range(len(slots)), key=slots.__getitem__)
+        budget = size * len(slots)
+        counts = neyman_allocation(deviations([outcomes[i] for i in order]), budget, grouping.least, grouping.most)
+        of_slot = {slots[i]: count for i, count in zip(order, counts, strict=True)}
+        more = [of_slot[p.slot] - grouping.least for p in asked]
+        metrics = {"agrpo/group_size_min": float(min(counts)), "agrpo/group_size_max": float(max(counts))}
+        if not any(more):
+            return pilot, scores, metrics
+        chosen = [p for p, count in zip(asked, more, strict=True) if count]
+        rest = generate(chosen, [count for count in more if count], grouping.least)
+        rollout, places = join([pilot, rest])
+        return rollout, torch.cat([scores, self._score(rest)])[places], metrics
+
+    def _dynamic(self, generate: Callable[..., Rollout]) -> Sampled:
+        """DAPO: rounds of sampling until enough groups have rewards that differ; the others are thrown away.
+
+        After the last round what is missing is filled up with groups that do not, so a step is never empty.
+        """
+        wanted, size = self.config.sampling.prompts_per_step, self.config.sampling.num_generations
+        rollouts: list[Rollout] = []
+        scores: list[Tensor] = []
+        mixed: list[int] = []  # slots, over all ranks
+        rounds = 0
+        while len(mixed) < wanted and rounds < self.config.grouping.max_rounds:
+            asked = self._ask(rounds)
+            rollouts.append(generate(asked, [size] * len(asked), 0))
+            scores.append(self._score(rollouts[-1]))
+            differ = spread(self.rewards.total(scores[-1]), rollouts[-1].group).tolist()
+            own = [p.slot for p, differs in zip(asked, differ, strict=True) if differs]
+            mixed += sorted(slot for part in distributed.gather_objects(own) for slot in part)
+            rounds += 1
+        rollout, order = join(rollouts)
+        rollout, table = _of_all_ranks(rollout, torch.cat(scores)[order])
+        sampled = [p.slot for p in rollout.prompts]
+        silent = sorted(set(sampled) - set(mixed))
+        kept = mixed[:wanted] + silent[: max(0, wanted - len(mixed))]
+        mine = sorted(kept)[distributed.rank() :: distributed.world()]
+        index = {slot: p for p, slot in enumerate(sampled)}
+        members = torch.isin(rollout.group, torch.tensor([index[slot] for slot in mine])).nonzero()[:, 0]
+        metrics = {
+            "agrpo/sampling_rounds": float(rounds),
+            "agrpo/groups_discarded": float(len(sampled) - len(kept)),
+            "agrpo/groups_mixed": len(mixed) / len(sampled),
+        }
+        return without_silent_prompts(take(rollout, members)), table[members], metrics
+
+
+def _outcomes(rollout: Rollout, rewards: Tensor) -> list[list[float]]:
+    """The finite rewards of each prompt's completions."""
+    return [
+        [r for r in rewards[rollout.group == p].tolist() if r == r]  # NaN: not scored
+        for p in range(len(rollout.prompts))
+    ]
+
+
+def deviations(outcomes: Sequence[Sequence[float]]) -> list[float]:
+    """How uncertain each prompt's reward is, from the pilot's.
+
+    Where all rewards of the batch take two values, the posterior deviation of the pass rate. Else the deviation over
+    the pilot, shrunk towards the batch's as if that were one more sample, so that agreeing pilots stay open.
+    """
+    values = {reward for group in outcomes for reward in group}
+    if len(values) <= 2:
+        best = max(values, default=1.0)
+        return [pass_deviation(sum(reward == best for reward in group), len(group)) for group in outcomes]
+    squares = [sum((reward - sum(group) / len(group)) ** 2 for reward in group) for group in outcomes]
+    prior = sum(squares) / sum(map(len, outcomes))
+    return [math.sqrt((own + prior) / (len(group) + 1)) for own, group in zip(squares, outcomes, strict=True)]
+
+
+def _of_all_ranks(rollout: Rollout, scores: Tensor) -> tuple[Rollout, Tensor]:
+    """Every rank's completions, so that those that stay can be dealt out evenly."""
+    parts = distributed.gather_objects((rollout, scores))
+    everything, order = join([part for part, _ in parts])
+    return everything, torch.cat([part for _, part in parts])[order]

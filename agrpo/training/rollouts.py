@@ -1,0 +1,58 @@
+"""Rollouts taken apart and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from agrpo.types import Rollout
+
+
+def take(rollout: Rollout, which: Tensor) -> Rollout:
+    """Some completions of a rollout, or all of them in another order; `which` must keep groups in order."""
+    start = rollout.lengths.cumsum(0) - rollout.lengths
+    lengths = rollout.lengths[which]
+    offset = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    tokens = start[which].repeat_interleave(lengths) + offset
+    return Rollout(
+        prompts=rollout.prompts,
+        group=rollout.group[which],
+        lengths=lengths,
+        tokens=rollout.tokens[tokens],
+        logp=rollout.logp[tokens],
+        finished=rollout.finished[which],
+        texts=tuple(rollout.texts[n] for n in which.tolist()),
+        weight_version=rollout.weight_version,
+    )
+
+
+def join(rollouts: Sequence[Rollout]) -> tuple[Rollout, Tensor]:
+    """One rollout of several by the same weights: prompts by slot, a prompt's completions together.
+
+    Returns:
+        The rollout, and (N,) the place of each of its completions in the rollouts one after the other.
+    """
+    prompts = {p.slot: p for rollout in rollouts for p in rollout.prompts}
+    slots = sorted(prompts)
+    slot = torch.cat([torch.tensor([p.slot for p in r.prompts], dtype=torch.long)[r.group] for r in rollouts])  # (N,)
+    group = torch.searchsorted(torch.tensor(slots), slot)
+    order = group.argsort(stable=True)
+    together = Rollout(
+        prompts=tuple(prompts[s] for s in slots),
+        group=group,
+        lengths=torch.cat([r.lengths for r in rollouts]),
+        tokens=torch.cat([r.tokens for r in rollouts]),
+        logp=torch.cat([r.logp for r in rollouts]),
+        finished=torch.cat([r.finished for r in rollouts]),
+        texts=tuple(text for r in rollouts for text in r.texts),
+        weight_version=rollouts[0].weight_version,
+    )
+    return take(together, order), order
+
+
+def without_silent_prompts(rollout: Rollout) -> Rollout:
+    """The same completions, and only the prompts that have some."""
+    used, group = rollout.group.unique(return_inverse=True)
+    return Rollout(**{**vars(rollout), "prompts": tuple(rollout.prompts[p] for p in used.tolist()), "group": group})

@@ -278,6 +278,14 @@ class OverlongConfig(Section):
     weight: Positive = 1.0
 
 
+class GateConfig(Section):
+    """A reward counts only where another one scored at least so much."""
+
+    reward: str  # the other's name
+    at_least: float = 1.0
+    otherwise: float = 0.0  # what counts instead
+
+
 class RewardSpec(BaseModel):
     """A reward by import path. Keys beyond these are parameters of the reward itself."""
 
@@ -285,6 +293,8 @@ class RewardSpec(BaseModel):
     target: str
     weight: float = 1.0
     name: str | None = None
+    normalise: bool = False  # by the mean and deviation of what it has scored so far
+    gate: GateConfig | None = None
 
     @property
     def label(self) -> str:
@@ -399,6 +409,7 @@ class RewardConfig(StageConfig):
     """Stage 2: a reward model from preference groups, or a policy tuned on them."""
 
     method: Literal["agrpo", "bradley_terry", "dpo", "ipo", "cdpo", "robust_dpo"] = "agrpo"
+    heads: Count = 1  # an ensemble on one backbone: each head leaves out another fifth of the groups
     kind: Literal["head", "implicit"] = "head"  # implicit: the score is α·log π/π_ref, and the model stays a policy
     max_length: Count = 2048
     objective: PreferenceLossConfig = PreferenceLossConfig()
@@ -410,6 +421,8 @@ class RewardConfig(StageConfig):
     def _trained_before(self) -> Self:
         _require_a_row_each(self.training)
         _refuse_new_model(self.model)
+        if self.kind == "implicit" and self.heads > 1:
+            raise ValueError("heads: an implicit reward has no heads; leave it 1, or set kind to head")
         if self.kind == "implicit" and self.centring:
             raise ValueError("centring: keeps a score head around 0; an implicit reward has nothing to centre: use 0")
         if self.kind == "head" and self.objective.loss == "ipo":
@@ -517,9 +530,7 @@ class PolicyConfig(StageConfig):
             )
         _refuse_new_model(self.model)
         self._controllers_start_inside()
-        names = [spec.label for spec in self.rewards]
-        if len(set(names)) < len(names):
-            raise ValueError(f"rewards: two have the same name in {names}; tell them apart with name:")
+        _check_names(self.rewards)
         return self
 
     def _controllers_start_inside(self) -> None:
@@ -540,6 +551,16 @@ class PolicyConfig(StageConfig):
                     f"{key}: {start} is outside controllers.{name}.bounds [{low}, {high}];"
                     f" widen them, or set controllers.{name}.kind to fixed"
                 )
+
+
+def _check_names(rewards: list[RewardSpec]) -> None:
+    names = [spec.label for spec in rewards]
+    if len(set(names)) < len(names):
+        raise ValueError(f"rewards: two have the same name in {names}; tell them apart with name:")
+    for spec in rewards:
+        others = [name for name in names if name != spec.label]
+        if spec.gate is not None and spec.gate.reward not in others:
+            raise ValueError(f"rewards: the gate of {spec.label} is {spec.gate.reward!r}, which is none of {others}")
 
 
 def _refuse_new_model(model: ModelConfig) -> None:
@@ -565,6 +586,14 @@ class PreferencesConfig(Section):
     rewards: Annotated[list[RewardSpec], Field(min_length=1)]
     rollout: RolloutConfig = RolloutConfig()
     held_out: Fraction = 0.2  # the share of the prompts that goes to test.jsonl
+    confidence: Literal["none", "ensemble"] = "none"  # ensemble: the rewards vote, and rows say mean and deviation
+
+    @model_validator(mode="after")
+    def _voters(self) -> Self:
+        if self.confidence == "ensemble" and len(self.rewards) < 2:
+            raise ValueError("confidence: ensemble needs two rewards or more that vote; set it to none, or add one")
+        _check_names(self.rewards)
+        return self
 
     @property
     def run_root(self) -> Path:
@@ -752,12 +781,11 @@ def _with_overlong(config: PolicyConfig) -> list[RewardSpec]:
 
 
 def _with_reward_model(rewards: list[RewardSpec], config: Any) -> list[RewardSpec]:
-    """A learned reward without a model is the one that stage 2 of this run leaves."""
-    model = str(config.run_root / "reward" / "model")
+    """A learned or implicit reward without models takes those that stages 2 and 1 of this run leave."""
+    stages = {"model": str(config.run_root / "reward" / "model"), "reference": str(config.run_root / "sft" / "model")}
+    wanted = {"reward_models.learned": ("model",), "reward_models.implicit": ("model", "reference")}
     return [
-        RewardSpec(**spec.model_dump(), model=model)
-        if spec.target == "reward_models.learned" and "model" not in spec.parameters
-        else spec
+        RewardSpec(**{**{key: stages[key] for key in wanted.get(spec.target, ())}, **spec.model_dump()})
         for spec in rewards
     ]
 

@@ -208,10 +208,10 @@ def merged_weights(lm: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def save_reward_model(lm: nn.Module, score: torch.Tensor, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Backbone and (1, H) score head as a sequence-classification model with one label, for plain transformers."""
+    """Backbone and (K, H) score heads as a sequence-classification model with K labels, for plain transformers."""
     base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
     config = copy.deepcopy(base.config)
-    config.num_labels = 1
+    config.num_labels = len(score)
     config.architectures = None
     config._attn_implementation = "sdpa"
     model = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
@@ -225,11 +225,19 @@ def save_reward_model(lm: nn.Module, score: torch.Tensor, tokenizer: PreTrainedT
 
 
 def load_reward_model(path: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence-classification model with one label, and its tokenizer."""
+    """A sequence-classification model, each of its labels a score, and its tokenizer.
+
+    Raises:
+        ModelError: it cannot be loaded, or it is a language model, whose score head would be made up at random.
+    """
     config = ModelConfig(name_or_path=path, trust_remote_code=trust_remote_code)
+    kinds = _from_pretrained(AutoConfig, config).architectures or []
+    if not any("SequenceClassification" in kind or "RewardModel" in kind for kind in kinds):
+        raise ModelError(
+            f"{path} is a {', '.join(kinds) or 'model of no known kind'}, not a reward model: it has no score head;"
+            " a policy tuned on preferences scores as reward_models.implicit"
+        )
     model = _from_pretrained(AutoModelForSequenceClassification, config, dtype=torch.float32)
-    if model.config.num_labels != 1:
-        raise ModelError(f"{path} has {model.config.num_labels} labels; a reward model has one")
     turn_off_dropout(model)
     tokenizer, _ = load_tokenizer(config)
     return model.eval(), tokenizer

@@ -81,6 +81,7 @@ class PreferenceGroup:
 
     `confidences` has one value in [0, 1] for each completion, or is empty: the confidence of a pair is the smaller of
     its two. `margin` is the annotators' score difference of a chosen/rejected pair, None where the data has none.
+    `means` and `deviations` are an ensemble's judgement of each completion, or empty.
     """
 
     prompt: Text
@@ -89,6 +90,8 @@ class PreferenceGroup:
     confidences: tuple[float, ...]
     margin: float | None
     columns: Mapping[str, Any]
+    means: tuple[float, ...] = ()
+    deviations: tuple[float, ...] = ()
 
 
 class Reward(Protocol):

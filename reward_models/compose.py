@@ -1,4 +1,5 @@
-"""Several rewards as one table of scores. A reward that fails costs its own column, never the run."""
+"""Several rewards as one table of scores, and one number of each row. A reward that fails costs its own column, never
+the run."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import math
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,23 +17,55 @@ if TYPE_CHECKING:
     from agrpo.types import Reward, Text
 
 
+class Gate(NamedTuple):
+    """A reward counts only where another one scored at least so much."""
+
+    reward: str  # the other's name
+    at_least: float = 1.0
+    otherwise: float = 0.0  # what counts instead
+
+
+class Entry(NamedTuple):
+    """A reward's place in a set."""
+
+    name: str
+    reward: Reward
+    weight: float = 1.0
+    normalise: bool = False  # by the mean and deviation of what it has scored so far in the run
+    gate: Gate | None = None
+
+
 class RewardSet:
     """K rewards with weights. `errors` counts, by reward, the scores lost since `take_errors` was last called.
 
     `first_error` keeps, by reward, the first reason as text for the log: a traceback, or what was wrong with a value.
+    Running statistics of the scores are the only state, and belong into the checkpoint.
+
+    Args:
+        entries: of the rewards, or their fields as tuples.
+
+    Raises:
+        ValueError: no reward, a weight that is not finite, or a gate that no other reward of the set is.
     """
 
-    def __init__(self, specs: Sequence[tuple[str, Reward, float]]) -> None:
-        if not specs:
+    def __init__(self, entries: Sequence[Entry | tuple]) -> None:
+        self.entries = [Entry(*entry) for entry in entries]
+        if not self.entries:
             raise ValueError("a run needs at least one reward")
-        for name, _, weight in specs:
-            if not math.isfinite(weight):
-                raise ValueError(f"the weight of reward {name!r} is {weight}, not a finite number")
-        self.names: tuple[str, ...] = _unique([name for name, _, _ in specs])
-        self.rewards: tuple[Reward, ...] = tuple(reward for _, reward, _ in specs)
-        self.weights: Tensor = torch.tensor([weight for _, _, weight in specs], dtype=torch.float32)  # (K,)
+        for entry in self.entries:
+            if not math.isfinite(entry.weight):
+                raise ValueError(f"the weight of reward {entry.name!r} is {entry.weight}, not a finite number")
+            others = [other.name for other in self.entries if other is not entry]
+            if entry.gate is not None and entry.gate.reward not in others:
+                raise ValueError(f"the gate of reward {entry.name!r} is {entry.gate.reward!r}, none of {others}")
+        self.names: tuple[str, ...] = _unique([entry.name for entry in self.entries])
+        self.rewards: tuple[Reward, ...] = tuple(entry.reward for entry in self.entries)
+        self.weights: Tensor = torch.tensor([entry.weight for entry in self.entries], dtype=torch.float32)  # (K,)
         self.errors: Counter[str] = Counter()
         self.first_error: dict[str, str] = {}
+        self._count = torch.zeros(len(self.entries), dtype=torch.float64)  # (K,) scores seen
+        self._mean = torch.zeros_like(self._count)
+        self._square = torch.zeros_like(self._count)  # summed squared distance from the mean
 
     def score(
         self,
@@ -60,16 +93,61 @@ class RewardSet:
                 if len(values) != len(completions):
                     raise ValueError(f"{len(values)} scores for {len(completions)} completions")
             except Exception:  # a user's reward: it may raise anything, and the other columns still count
-                self._count(name, len(completions), traceback.format_exc())
+                self._lose(name, len(completions), traceback.format_exc())
                 continue
             scores[:, k] = torch.tensor([self._number(name, value) for value in values])
         return scores
 
+    def shaped(self, scores: Tensor) -> Tensor:
+        """(N, K) → (N, K) scores as they count: normalised where asked for, and gated. NaN stays, also of a gate."""
+        columns = []
+        for k, entry in enumerate(self.entries):
+            column = scores[:, k]
+            if entry.normalise and self._count[k] > 1:
+                deviation = float((self._square[k] / self._count[k]).sqrt())
+                column = (column - float(self._mean[k])) / max(deviation, 1e-6)
+            if entry.gate is not None:
+                key = scores[:, [e.name for e in self.entries].index(entry.gate.reward)]
+                column = torch.where(key < entry.gate.at_least, entry.gate.otherwise, column)
+                column = column.masked_fill(key.isnan(), math.nan)
+            columns.append(column)
+        return torch.stack(columns, 1)
+
     def total(self, scores: Tensor) -> Tensor:
         """(N, K) → (N,) weighted sum over the rewards that scored; NaN where none did. Abstaining is not scoring 0."""
-        scored = ~scores.isnan()  # (N, K)
-        total = (scores.nan_to_num(nan=0.0) * self.weights.to(scores)).sum(-1)  # (N,)
+        shaped = self.shaped(scores)
+        scored = ~shaped.isnan()  # (N, K)
+        total = (shaped.nan_to_num(nan=0.0) * self.weights.to(scores)).sum(-1)  # (N,)
         return total.masked_fill(~scored.any(-1), math.nan)
+
+    def observe(self, scores: Tensor) -> None:
+        """Take a step's (N, K) scores, of all ranks, into the running statistics."""
+        for k, column in enumerate(scores.double().unbind(1)):
+            seen = column[column.isfinite()]
+            if len(seen) == 0:
+                continue
+            count = self._count[k] + len(seen)
+            shift = seen.mean() - self._mean[k]  # two batches' moments put together (Chan et al. 1979)
+            self._square[k] += (seen - seen.mean()).square().sum() + shift**2 * self._count[k] * len(seen) / count
+            self._mean[k] += shift * len(seen) / count
+            self._count[k] = count
+
+    def metrics(self) -> dict[str, float]:
+        """What rewards tell of their last call beside the scores, as `<name>/<key>`: always the same keys."""
+        return {
+            f"{name}/{key}": float(value)
+            for name, reward in zip(self.names, self.rewards, strict=True)
+            for key, value in getattr(reward, "metrics", {}).items()
+        }
+
+    def state_dict(self) -> dict[str, list[float]]:
+        moments = {"count": self._count, "mean": self._mean, "square": self._square}
+        return {name: values.tolist() for name, values in moments.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        self._count, self._mean, self._square = (
+            torch.tensor(state[name], dtype=torch.float64) for name in ("count", "mean", "square")
+        )
 
     def all_failed(self, scores: Tensor) -> bool:
         """Whether no reward scored any completion: nothing can be learned, and the loop should stop and say why."""
@@ -88,11 +166,11 @@ class RewardSet:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number) or abs(number) > torch.finfo(torch.float32).max:
-            self._count(name, 1, f"a score of {str(value)[:100]!r} is not a finite number")
+            self._lose(name, 1, f"a score of {str(value)[:100]!r} is not a finite number")
             return math.nan
         return number
 
-    def _count(self, name: str, scores: int, reason: str) -> None:
+    def _lose(self, name: str, scores: int, reason: str) -> None:
         self.errors[name] += scores
         self.first_error.setdefault(name, reason)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from agrpo.config import RewardSpec
 from agrpo.engine import distributed
-from reward_models.compose import RewardSet
+from reward_models.compose import Entry, Gate, RewardSet
 from reward_models.loader import load_reward
 
 
@@ -22,7 +22,18 @@ def reward_set(specs: Sequence[RewardSpec]) -> RewardSet:
     Raises:
         RewardError: a target that cannot be imported or made.
     """
-    return RewardSet([(spec.label, load_reward(spec.target, spec.parameters), spec.weight) for spec in specs])
+    return RewardSet(
+        [
+            Entry(
+                spec.label,
+                load_reward(spec.target, spec.parameters),
+                spec.weight,
+                spec.normalise,
+                spec.gate and Gate(**spec.gate.model_dump()),
+            )
+            for spec in specs
+        ]
+    )
 
 
 def require_scores(rewards: RewardSet, scores: Tensor) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from agrpo.data.tokens import encode_completion, encode_prompt
 from agrpo.engine import distributed
 from agrpo.engine.attention import use_flat_attention, why_not_flat
+from agrpo.engine.layout import Layout
 from agrpo.engine.modules import last_states
-from agrpo.models import load_reward_model
+from agrpo.models import ModelError, load_reward_model
 from agrpo.training.batches import Sequences, micro_batches
 from agrpo.types import Text
 
@@ -29,29 +33,46 @@ class LearnedReward:
     def __init__(self, model: str, batch_tokens: int = 16384, trust_remote_code: bool = False) -> None:
         self.model, self.tokenizer = load_reward_model(model, trust_remote_code=trust_remote_code)
         self.model.to(distributed.device()).requires_grad_(False)
+        self.heads: int = self.model.config.num_labels
         self.batch_tokens = batch_tokens
         self.flat = why_not_flat(self.model.config) is None
         if self.flat:
             use_flat_attention(self.model)
 
-    @torch.no_grad()
     def __call__(
         self, prompts: list[Text], completions: list[Text], completion_ids: Any = None, **columns: Any
     ) -> list[float | None]:
-        grouped: list[tuple[list[int], list[list[int]]]] = []
-        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            if i == 0 or prompt != prompts[i - 1]:
-                grouped.append((encode_prompt(self.tokenizer, prompt), []))
-            text = completion if isinstance(completion, str) else completion[-1]["content"]
-            grouped[-1][1].append(encode_completion(self.tokenizer, text, prompt))
-        batch = Sequences.of([p for p, _ in grouped], [c for _, c in grouped])
-        scores: list[float] = []
-        for part in micro_batches(batch.costs, self.batch_tokens):
-            layout = batch.layout(part).to(distributed.device())
-            last, _, _ = last_states(self.model.get_decoder(), layout, self.flat)
-            scores += self.model.score(last)[:, 0].float().tolist()
-        return scores
+        return self.scores(prompts, completions)[:, 0].tolist()
+
+    @torch.no_grad()
+    def scores(self, prompts: list[Text], completions: list[Text]) -> Tensor:
+        """(N, heads) float32."""
+        batch = sequences_of(self.tokenizer, prompts, completions)
+        found = []
+        for layout in slices(batch, self.batch_tokens):
+            last, _, _ = last_states(self.model.get_decoder(), layout.to(distributed.device()), self.flat)
+            found.append(self.model.score(last).float().cpu())
+        return torch.cat(found)
+
+
+def sequences_of(tokenizer: PreTrainedTokenizerBase, prompts: list[Text], completions: list[Text]) -> Sequences:
+    """Texts as tokens, completions of one prompt that stand together in one group."""
+    grouped: list[tuple[list[int], list[list[int]]]] = []
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if i == 0 or prompt != prompts[i - 1]:
+            grouped.append((encode_prompt(tokenizer, prompt), []))
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        grouped[-1][1].append(encode_completion(tokenizer, text, prompt))
+    return Sequences.of([p for p, _ in grouped], [c for _, c in grouped])
+
+
+def slices(batch: Sequences, batch_tokens: int) -> Iterator[Layout]:
+    for part in micro_batches(batch.costs, batch_tokens):
+        yield batch.layout(part)
 
 
 def build(model: str, **parameters: Any) -> LearnedReward:
-    return LearnedReward(model, **parameters)
+    reward = LearnedReward(model, **parameters)
+    if reward.heads != 1:
+        raise ModelError(f"{model} has {reward.heads} labels; score with reward_models.ensemble, or name another model")
+    return reward

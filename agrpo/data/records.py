@@ -396,17 +396,27 @@ def _ranked(row: _Row) -> PreferenceGroup:
         if level_of[completion] != level:
             problem = f"has {_short(completion)} at levels {level} and {level_of[completion]}"
             raise row.fault("completions", problem, "give equal completions equal levels")
-    confidences: tuple[float, ...] = ()
-    if row.given("confidences"):
-        confidences = tuple(row.fraction("confidences", value) for value in row.sequence("confidences"))
-        if len(confidences) != len(completions):
-            problem = f"has {len(confidences)} values for {len(completions)} completions"
-            raise row.fault("confidences", problem, "give each one confidence, or leave the column out")
+    confidences = _of_each(row, "confidences", row.fraction, len(completions))
+    means = _of_each(row, "means", row.number, len(completions))
+    deviations = _of_each(row, "deviations", row.number, len(completions))
+    if bool(means) != bool(deviations) or min(deviations, default=0.0) < 0:
+        raise row.fault("deviations", "do not go with means", "give each a mean and a deviation of 0 or more")
     prompt = _prompt(row)
     if isinstance(prompt, str) and not isinstance(row.values["completions"][0], str):
         prompt = [{"role": "user", "content": prompt}]
-    others = row.others("prompt", "completions", "levels", "confidences")
-    return PreferenceGroup(prompt, completions, levels, confidences, None, others)
+    others = row.others("prompt", "completions", "levels", "confidences", "means", "deviations")
+    return PreferenceGroup(prompt, completions, levels, confidences, None, others, means, deviations)
+
+
+def _of_each(row: _Row, key: str, read: Callable[[str, Any], float], count: int) -> tuple[float, ...]:
+    """An optional list of one number for each completion; () where the row has none."""
+    if not row.given(key):
+        return ()
+    values = tuple(read(key, value) for value in row.sequence(key))
+    if len(values) != count:
+        problem = f"has {len(values)} values for {count} completions"
+        raise row.fault(key, problem, "give each completion one value, or leave the column out")
+    return values
 
 
 def _missing(key: str, values: Iterable[str], *alternatives: str) -> str:

@@ -74,24 +74,24 @@ class ActorCritic(Policy):
 
 
 class Scorer(nn.Module):
-    """A reward model: a score head on the last token of each completion, on a backbone that stays a language model.
+    """A reward model: score heads on the last token of each completion, on a backbone that stays a language model.
 
-    forward(layout, spoken) → (N,) scores, and the (C',) log-probabilities of the completions `spoken` (indices into N),
-    which the text-generation regulariser reads.
+    forward(layout, spoken) → (N, heads) scores, and the (C',) log-probabilities of the completions `spoken` (indices
+    into N), which the text-generation regulariser reads.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, heads: int = 1) -> None:
         super().__init__()
         self.policy = policy
         size = causal_lm(policy.lm).config.hidden_size
-        self.score = nn.Linear(size, 1, bias=False)
+        self.score = nn.Linear(size, heads, bias=False)
         nn.init.normal_(self.score.weight, std=1 / (size + 1) ** 0.5)
         self.score.to(device=policy.head.device, dtype=policy.head.dtype)
 
     def forward(self, layout: Layout, spoken: Tensor | None = None) -> tuple[Tensor, Tensor]:
         body = causal_lm(self.policy.lm).get_decoder()
         last, hidden, source = last_states(body, layout, self.policy.fallback_reason is None)
-        scores = self.score(last)[:, 0].float()  # (N,)
+        scores = self.score(last).float()  # (N, heads)
         if spoken is None:
             return scores, scores.new_zeros(0)
         chosen = torch.zeros(len(layout.lengths), dtype=torch.bool, device=scores.device).index_fill_(0, spoken, True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from agrpo.algorithms.preference import Pairs, ordered_pairs
+from agrpo.evaluation.intervals import bootstrap_interval
 from agrpo.types import PreferenceGroup
 
 _MARKUP = re.compile(r"<[^<>\s]{1,40}>|^#+ |^[-*] |^\d+\. |\*\*|\\boxed|```", re.MULTILINE)
@@ -33,6 +34,8 @@ class PreferenceEvaluation:
     brier: float
     heuristics: dict[str, float]
     pairs: int
+    interval: tuple[float, float]  # of accuracy, 95%, over groups
+    reliability: tuple[tuple[float, float, int], ...]  # bins that hold pairs: confidence, share right, pairs
 
     @property
     def best_heuristic(self) -> tuple[str, float]:
@@ -44,7 +47,11 @@ class PreferenceEvaluation:
         verdict = (
             "" if self.accuracy > best + 0.01 else ": the model has learned nothing that the heuristic does not know"
         )
-        return f"{self.pairs} held-out pairs: accuracy {self.accuracy:.3f}; best heuristic ({name}) {best:.3f}{verdict}"
+        low, high = self.interval
+        return (
+            f"{self.pairs} held-out pairs: accuracy {self.accuracy:.3f} [{low:.3f}, {high:.3f}], calibration error"
+            f" {self.expected_calibration_error:.3f}; best heuristic ({name}) {best:.3f}{verdict}"
+        )
 
     def summary(self) -> dict[str, Any]:
         name, accuracy = self.best_heuristic
@@ -56,6 +63,9 @@ class PreferenceEvaluation:
             "accuracy_by_gap": self.by_gap,
             "expected_calibration_error": self.expected_calibration_error,
             "brier": self.brier,
+            "pairwise_accuracy_interval": list(self.interval),
+            "heuristics": self.heuristics,
+            "reliability": [list(one) for one in self.reliability],
         }
 
 
@@ -82,6 +92,8 @@ def evaluate_scores(scores: Tensor, groups: Sequence[PreferenceGroup]) -> Prefer
         brier=float((1 - probability).square().mean()),
         heuristics={name: _heuristic(rule, texts, pairs) for name, rule in HEURISTICS.items()},
         pairs=len(lead),
+        interval=_interval_over_groups(right, group[pairs.better]),
+        reliability=reliability(probability),
     )
 
 
@@ -94,8 +106,16 @@ def _heuristic(rule: Callable[[str], float], texts: Sequence[str], pairs: Pairs)
     return float(_wins(values[pairs.better] - values[pairs.worse]).mean())
 
 
-def calibration_error(probability: Tensor, bins: int = 10) -> float:
-    """Expected calibration error of P(better wins), (M,).
+def _interval_over_groups(right: Tensor, group: Tensor) -> tuple[float, float]:
+    """95% of the accuracy, a percentile bootstrap over groups: pairs of one group are not independent."""
+    _, index = group.unique(return_inverse=True)
+    counts = torch.bincount(index).double()
+    shares = torch.zeros_like(counts).index_add_(0, index, right) / counts
+    return bootstrap_interval(shares.tolist(), counts.tolist())
+
+
+def reliability(probability: Tensor, bins: int = 10) -> tuple[tuple[float, float, int], ...]:
+    """(mean confidence, share right, pairs) of each bin that holds pairs, by P(better wins), (M,).
 
     A pair read in either direction is the same statement, so each is turned to its favoured side: confidence
     max(p, 1 − p) against how often the favourite really is the better one.
@@ -103,5 +123,12 @@ def calibration_error(probability: Tensor, bins: int = 10) -> float:
     confidence = torch.maximum(probability, 1 - probability)
     favoured_right = _wins(probability - 0.5)
     index = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, confidence - favoured_right)
-    return float(gap.abs().sum() / len(probability))
+    return tuple(
+        (float(confidence[index == b].mean()), float(favoured_right[index == b].mean()), int((index == b).sum()))
+        for b in index.unique().tolist()
+    )
+
+
+def calibration_error(probability: Tensor, bins: int = 10) -> float:
+    """Expected calibration error of P(better wins), (M,): the mean distance of `reliability` from the diagonal."""
+    return sum(abs(sure - right) * count for sure, right, count in reliability(probability, bins)) / len(probability)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Mapping
@@ -97,6 +98,7 @@ def plot_run(run_root: Path, out: Path | None = None) -> Path:
     """
     recorded = {stage: read_series(run_root / stage / "metrics.jsonl") for stage in ("sft", "reward", "agrpo")}
     panels = [panel for panel in PANELS if any(_find(line, recorded[panel.stage]) for line in panel.lines)]
+    bins = _reliability(run_root / "reward" / "result.json")
     if not panels:
         raise FileNotFoundError(f"{run_root}: no metrics to draw; there should be sft/, reward/ or agrpo/metrics.jsonl")
 
@@ -105,8 +107,9 @@ def plot_run(run_root: Path, out: Path | None = None) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    count = len(panels) + bool(bins)
+    columns = min(4, count)
+    rows = math.ceil(count / columns)
     style = {
         "font.size": 9,
         "axes.titlesize": 10,
@@ -126,7 +129,9 @@ def plot_run(run_root: Path, out: Path | None = None) -> Path:
         )
         for axis, panel in zip(axes.flat, panels, strict=False):
             _draw(axis, panel, recorded[panel.stage])
-        for axis in axes.flat[len(panels) :]:
+        if bins:
+            _draw_reliability(axes.flat[len(panels)], bins)
+        for axis in axes.flat[count:]:
             axis.set_visible(False)
         out = out or run_root / "curves.png"
         figure.savefig(out, dpi=150)
@@ -144,6 +149,26 @@ def read_series(path: Path) -> dict[str, Series]:
                 steps.append(row["step"] + 1)
                 values.append(value)
     return series
+
+
+def _reliability(result: Path) -> list[tuple[float, float, int]]:
+    """The bins that stage 2 measured on held-out pairs: confidence, share right, pairs."""
+    if not result.exists():
+        return []
+    return json.loads(result.read_text(encoding="utf-8"))["results"].get("reliability", [])
+
+
+def _draw_reliability(axis, bins: list[tuple[float, float, int]]) -> None:
+    most = max(count for _, _, count in bins)
+    axis.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.8, linestyle="--", label="calibrated")
+    sure, right, counts = zip(*bins, strict=True)
+    sizes = [12 + 60 * count / most for count in counts]
+    axis.plot(sure, right, color=BLUE, linewidth=0.8)
+    axis.scatter(sure, right, s=sizes, color=BLUE, zorder=3, label="held-out pairs")
+    axis.set(
+        title="Reward model: reliability", xlabel="confidence σ(s_i − s_j)", ylabel="share right", xlim=(0.49, 1.01)
+    )
+    axis.legend()
 
 
 def running_mean(values: list[float], window: int) -> list[float]:

@@ -30,7 +30,7 @@ def make_experience(
     total = rewards.total(scores)  # (N,)
     if config.advantage.of_tokens:
         return _credit_tokens(engine, rollout, scores, total, config, beta)
-    advantages = estimate_advantages(scores, rewards.weights, total, rollout, config.advantage)
+    advantages = estimate_advantages(rewards.shaped(scores), rewards.weights, total, rollout, config.advantage)
     nothing = total.new_zeros(0)
     of_tokens = per_token(advantages, rollout.lengths)
     return Experience(rollout, scores, total, of_tokens, reference=nothing, values=nothing, returns=nothing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from agrpo.algorithms.preference import (
     Pairs,
+    confidence_from_ensemble,
     confidence_from_margin,
     flip_probability,
     group_preference_loss,
@@ -35,16 +38,37 @@ def margin_scale(groups: Sequence[PreferenceGroup]) -> float:
 
 
 def confidence_of(pairs: Pairs, groups: Sequence[PreferenceGroup], margin_scale: float) -> Tensor:
-    """(M,) confidence in [0, 1] of each pair: from its margin, else the smaller of its two completions', else 1."""
-    own: list[float] = []
-    margin: list[float] = []
+    """(M,) confidence in [0, 1] of each pair.
+
+    From its margin, else from an ensemble's judgement of its two completions, else the smaller of their own
+    confidences, else 1.
+    """
+    own, margin, mean, deviation = (torch.tensor(column) for column in _columns(groups))  # (N,) each
+    i, j = pairs.better, pairs.worse
+    smaller = torch.minimum(own[i], own[j])
+    judged = confidence_from_ensemble(mean[i], mean[j], deviation[i], deviation[j])
+    from_margin = confidence_from_margin(margin[i], margin_scale)
+    return torch.where(margin[i].isnan(), torch.where(mean[i].isnan(), smaller, judged), from_margin)
+
+
+def _columns(groups: Sequence[PreferenceGroup]) -> tuple[list[float], ...]:
+    """Confidence, margin, mean and deviation of every completion; NaN where the data has none."""
+    columns: tuple[list[float], ...] = ([], [], [], [])
     for group in groups:
-        own += group.confidences or [1.0] * len(group.completions)
-        margin += [torch.nan if group.margin is None else group.margin] * len(group.completions)
-    confidence = torch.tensor(own)
-    margins = torch.tensor(margin)[pairs.better]
-    smaller = torch.minimum(confidence[pairs.better], confidence[pairs.worse])
-    return torch.where(margins.isnan(), smaller, confidence_from_margin(margins, margin_scale))
+        count = len(group.completions)
+        margin = math.nan if group.margin is None else group.margin
+        for column, values in zip(
+            columns,
+            (
+                group.confidences or [1.0] * count,
+                [margin] * count,
+                group.means or [math.nan] * count,
+                group.deviations or [math.nan] * count,
+            ),
+            strict=True,
+        ):
+            column += values
+    return columns
 
 
 class RankedBatch:
@@ -55,6 +79,7 @@ class RankedBatch:
         config: how pairs are weighed and what their confidence does.
         margin_scale: the unit of the data's margins.
         micro_batch_tokens: of one forward.
+        heads: how many judge; each of several leaves out the groups of another fifth of the prompts.
     """
 
     def __init__(
@@ -64,6 +89,7 @@ class RankedBatch:
         config: PairLossConfig,
         margin_scale: float,
         micro_batch_tokens: int,
+        heads: int = 1,
     ) -> None:
         self.config = config
         self.parts = micro_batches(batch.costs, micro_batch_tokens)
@@ -85,14 +111,16 @@ class RankedBatch:
             top.scatter_reduce_(0, local, levels[members], "amax", include_self=False)
             self.best.append((levels[members] == top[local]).nonzero()[:, 0])
         strata = strata_of_all_ranks(self.pairs, confidences, config)
-        self.weights = [
-            pair_weights(p, c, config.pair_weighting, totals=strata)
-            for p, c in zip(self.pairs, confidences, strict=True)
-        ]
+        teaches = torch.tensor([[_teaches(g, head, heads) for head in range(heads)] for g in groups])  # (P, heads)
+        self.weights = []  # (m, heads) of each micro-batch's pairs
+        for part, pairs, confidence in zip(self.parts, self.pairs, confidences, strict=True):
+            weight = pair_weights(pairs, confidence, config.pair_weighting, totals=strata)  # (m,)
+            of_pair = batch.group[batch.members(part)][pairs.better]  # (m,)
+            self.weights.append(weight[:, None] * teaches[of_pair])
         of_best = [int(layout.lengths[b].sum()) for layout, b in zip(self.layouts, self.best, strict=True)]
         self.totals = distributed.sum_over_ranks(
             {
-                "weight": sum(float(w.sum()) for w in self.weights),
+                **{f"weight/{head}": sum(float(w[:, head].sum()) for w in self.weights) for head in range(heads)},
                 "pairs": sum(len(p.gap) for p in self.pairs),
                 "best_tokens": sum(of_best),
                 "label_entropy": sum(float(label_entropy(f)) for f in self.flipped if config.labels == "soft"),
@@ -100,23 +128,29 @@ class RankedBatch:
         )
 
     def loss(self, i: int, scores: Tensor, margin: float = 0.0, centring: float = 0.0) -> Tensor:
-        """Micro-batch i's share of L_group, from the (n,) scores of its completions."""
+        """Micro-batch i's share of L_group, the mean over the heads, from the (n, heads) scores of its completions."""
         pairs, weights = to_device(self.pairs[i], scores.device), self.weights[i].to(scores.device)
         shape = self.config.loss if isinstance(self.config, PreferenceLossConfig) else "logistic"
-        flipped = self.flipped[i].to(scores.device)
-        total = group_preference_loss(
-            scores, pairs, weights, margin=margin, shape=shape, flipped=flipped, alpha=self.config.alpha
-        )
-        if centring:
-            total = total + centring * (weights * (scores[pairs.better] + scores[pairs.worse]).square()).sum()
-        return total / max(self.totals["weight"], 1e-12)
+        how = {"shape": shape, "flipped": self.flipped[i].to(scores.device), "alpha": self.config.alpha}
+        loss = scores.new_zeros(())
+        for head, (own, weight) in enumerate(zip(scores.unbind(1), weights.unbind(1), strict=True)):
+            total = group_preference_loss(own, pairs, weight, margin=margin, **how)
+            if centring:
+                total = total + centring * (weight * (own[pairs.better] + own[pairs.worse]).square()).sum()
+            loss = loss + total / max(self.totals[f"weight/{head}"], 1e-12)
+        return loss / scores.shape[1]
 
     def observe(self, i: int, scores: Tensor) -> dict[str, float]:
-        """Sums over micro-batch i's pairs: how little the scores tell them apart, and how many they order rightly."""
-        pairs = to_device(self.pairs[i], scores.device)
+        """Sums over micro-batch i's pairs: how little the heads' mean tells them apart, how many it orders rightly."""
+        pairs, scores = to_device(self.pairs[i], scores.device), scores.mean(1)
         uncertainty, _ = preference_uncertainty(scores, pairs)
         right = (scores[pairs.better] > scores[pairs.worse]).sum()
         return {"uncertainty": float(uncertainty), "right": float(right)}
+
+
+def _teaches(group: PreferenceGroup, head: int, heads: int) -> bool:
+    """Does the head learn from the group? A hash of the prompt decides, so that a head misses the same ones always."""
+    return heads == 1 or zlib.crc32(repr(group.prompt).encode()) % 5 != head % 5
 
 
 def flips(confidence: Tensor, config: PairLossConfig) -> Tensor:
@@ -145,10 +179,10 @@ def to_device(pairs: Pairs, device: torch.device) -> Pairs:
 
 
 def implicit_scores(engine: HybridEngine, layout: Layout, logp: Tensor, config: PairLossConfig) -> Tensor:
-    """(n,) rewards that the policy implies for a layout's completions."""
+    """(n, 1) rewards that the policy implies for a layout's completions."""
     reference = engine.reference_logprobs(layout)
     lengths = layout.lengths.to(logp.device)
-    return implicit_reward(logp, reference, lengths, alpha=config.alpha, reduction=config.implicit_reward)
+    return implicit_reward(logp, reference, lengths, alpha=config.alpha, reduction=config.implicit_reward)[:, None]
 
 
 def fit_preferences(
@@ -166,12 +200,13 @@ def fit_preferences(
     the policy implies. L_reg is the negative log-likelihood of each group's best completions through the backbone's own
     head, a mean over their tokens.
     """
-    ranked = RankedBatch(batch, groups, config.objective, margin_scale, config.training.micro_batch_tokens)
+    budget = config.training.micro_batch_tokens
+    ranked = RankedBatch(batch, groups, config.objective, margin_scale, budget, config.heads)
     sums: Counter[str] = Counter(tokens=ranked.tokens)
     for i, counts, last in in_step(ranked.parts):
         layout, best = ranked.layouts[i], ranked.best[i].to(engine.device)
         if config.kind == "head":
-            scores, spoken = engine.forward(layout, best if lambda_ < 1 else None)  # (n,), (tokens of the best,)
+            scores, spoken = engine.forward(layout, best if lambda_ < 1 else None)  # (n, heads), (c',)
         else:
             logp, _ = engine.forward(layout)
             scores = implicit_scores(engine, layout, logp, config.objective)
@@ -208,12 +243,12 @@ def batch_tokens(layout: Layout, members: Tensor) -> Tensor:
 
 
 def score_groups(engine: HybridEngine, batch: Sequences, config: RewardConfig) -> Tensor:
-    """(N,) scores of all completions; every rank scores all of them."""
+    """(N,) scores of all completions, the mean over the heads; every rank scores all of them."""
     found = []
     for part in micro_batches(batch.costs, config.training.micro_batch_tokens):
         layout = batch.layout(part)
         scores, *_ = engine.evaluate(layout)
         if config.kind == "implicit":
             scores = implicit_scores(engine, layout, scores, config.objective)
-        found.append(scores.cpu())
+        found.append(scores.mean(1).cpu())
     return torch.cat(found)

@@ -23,7 +23,7 @@ def rollout_metrics(experience: Experience, rewards: Scores, seconds: float) -> 
     rollout, total, scores = experience.rollout, experience.rewards, experience.scores
     scored = torch.isfinite(total)
     finite = total[scored].double()
-    errors = rewards.take_errors()
+    errors, told = rewards.take_errors(), rewards.metrics()
     sums = distributed.sum_over_ranks(
         {
             "reward": finite.sum(),
@@ -38,6 +38,7 @@ def rollout_metrics(experience: Experience, rewards: Scores, seconds: float) -> 
             "errors": sum(errors.values()),
             **{f"sum/{name}": scores[:, k].nansum() for k, name in enumerate(rewards.names)},
             **{f"count/{name}": scores[:, k].isfinite().sum() for k, name in enumerate(rewards.names)},
+            **{f"told/{key}": value for key, value in told.items()},
         }
     )
     mean = sums["reward"] / max(1, sums["scored"])
@@ -45,6 +46,7 @@ def rollout_metrics(experience: Experience, rewards: Scores, seconds: float) -> 
         "reward": mean,
         "reward_std": max(0.0, sums["square"] / max(1, sums["scored"]) - mean**2) ** 0.5,
         **{f"rewards/{name}/mean": sums[f"sum/{name}"] / max(1, sums[f"count/{name}"]) for name in rewards.names},
+        **{f"rewards/{key}": sums[f"told/{key}"] / distributed.world() for key in told},
         "reward/errors": sums["errors"],
         "completions/mean_length": sums["tokens"] / sums["completions"],
         "completions/clipped_ratio": 1 - sums["finished"] / sums["completions"],

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from agrpo.engine import distributed
 from agrpo.types import Rollout, Text
 
 _GIVEN = ("prompts", "completions", "completion_ids")  # what every reward gets; a column of that name stays out
@@ -19,6 +21,10 @@ class Scores(Protocol):
     weights: Tensor  # (K,)
 
     def score(self, prompts: Any, completions: Any, completion_ids: Any, columns: Any) -> Tensor: ...
+    def shaped(self, scores: Tensor) -> Tensor: ...
+    def observe(self, scores: Tensor) -> None: ...
+    def metrics(self) -> dict[str, float]: ...
+    def take_errors(self) -> dict[str, int]: ...
     def total(self, scores: Tensor) -> Tensor: ...
 
 
@@ -36,10 +42,20 @@ def score(rewards: Scores, rollout: Rollout) -> Tensor:
     return rewards.score([prompt.text for prompt in of], texts, ids, columns)
 
 
-def ranked_groups(rollout: Rollout, rewards: Tensor) -> list[dict[str, Any]]:
+def observe_scores(rewards: Scores, scores: Tensor) -> None:
+    """Take this step's (N, K) scores of all ranks into the rewards' running statistics."""
+    rewards.observe(torch.cat(distributed.gather_objects(scores)))
+
+
+def ranked_groups(rollout: Rollout, rewards: Tensor, votes: Tensor | None = None) -> list[dict[str, Any]]:
     """Rows of preference data: each prompt's distinct completions, their level the rank of their reward.
 
     Completions without a reward are left out, and so are prompts whose completions all have the same one.
+
+    Args:
+        rewards: (N,).
+        votes: (N, K) scores of rewards that are an ensemble: a row then says each completion's mean and deviation,
+            from which stage 2 knows how sure a pair is.
     """
     groups = []
     for p, prompt in enumerate(rollout.prompts):
@@ -48,6 +64,8 @@ def ranked_groups(rollout: Rollout, rewards: Tensor) -> list[dict[str, Any]]:
         ranks = {value: rank for rank, value in enumerate(sorted(set(scored.values())))}
         if len(ranks) > 1:
             levels = [ranks[value] for value in scored.values()]
+            place = {rollout.texts[n]: n for n in of_prompt}
+            judged = [] if votes is None else [votes[place[text]] for text in scored]
             groups.append(
                 {
                     "slot": prompt.slot,
@@ -55,6 +73,8 @@ def ranked_groups(rollout: Rollout, rewards: Tensor) -> list[dict[str, Any]]:
                     "completions": list(scored),
                     "levels": levels,
                     "rewards": list(scored.values()),
+                    **({"means": [float(v.mean()) for v in judged]} if judged else {}),
+                    **({"deviations": [float(v.std(correction=0)) for v in judged]} if judged else {}),
                 }
             )
     return groups

@@ -80,7 +80,7 @@ def update_policy(
     objective, temperature = config.objective, config.sampling.temperature
     batches, totals = _micro_batches(engine, experience, coefficients, config)
     epsilon_high = coefficients.epsilon * objective.epsilon_high / objective.epsilon_low
-    from_data = 0.0 if ranked is None or ranked.totals["weight"] == 0 else objective.group_loss.ranked.ratio
+    from_data = 0.0 if ranked is None or ranked.totals["weight/0"] == 0 else objective.group_loss.ranked.ratio
     old: list[Tensor | None] = [None] * len(batches)
     metrics: dict[str, float] = {}
     for update in range(objective.updates_per_rollout):

@@ -43,7 +43,7 @@ def main(config: RewardConfig) -> None:
     torch.manual_seed(config.seed)
     policy = Policy(make_trainable(lm, config.model))
     engine = HybridEngine(
-        Scorer(policy) if config.kind == "head" else policy,
+        Scorer(policy, config.heads) if config.kind == "head" else policy,
         engine=config.engine,
         training=training,
         tokenizer=tokenizer,

@@ -39,8 +39,9 @@ def main(config: PreferencesConfig) -> None:
     rollout = backend.generate(own, [sampling.num_generations] * len(own), how, (config.seed, 0))
     scores = score(rewards, rollout)
     require_scores(rewards, scores)
+    votes = scores if config.confidence == "ensemble" else None
     groups = sorted(
-        (g for part in distributed.gather_objects(ranked_groups(rollout, rewards.total(scores))) for g in part),
+        (g for part in distributed.gather_objects(ranked_groups(rollout, rewards.total(scores), votes)) for g in part),
         key=lambda g: g["slot"],
     )
     if len(groups) < 2:

@@ -18,6 +18,7 @@ from agrpo.training.grouping import Sampler
 from agrpo.training.ranked import RankedData
 from agrpo.training.samples import rollout_metrics, sample_rows, write_evaluation
 from agrpo.training.schedule import learning_rate
+from agrpo.training.scoring import observe_scores
 from agrpo.training.session import Session, readable_errors
 from agrpo.training.update import update_policy
 from reward_models.configured import require_scores, reward_set
@@ -61,7 +62,7 @@ def main(config: PolicyConfig) -> None:
 
     stream = Stream(len(prompts), config.prompts_per_rollout, config.seed, distributed.rank(), distributed.world())
     ranked = RankedData(config, tokenizer, log.note)
-    session.restore(engine, stream=stream, ranked=ranked, controllers=controllers)
+    session.restore(engine, stream=stream, ranked=ranked, controllers=controllers, rewards=rewards)
     sample = Sampler(config, prompts, stream, rewards)
     for step in session.steps():
         began = perf_counter()
@@ -77,6 +78,7 @@ def main(config: PolicyConfig) -> None:
         metrics |= rollout_metrics(experience, rewards, done - began)
         metrics |= {"time/update_s": done - sampled, "learning_rate": rate, **controllers.metrics()}
         session.notes(controllers.observe(metrics))
+        observe_scores(rewards, scores)
         if session.evaluation_due(step):
             metrics |= evaluate_policy(engine, held_out["validation"], verifier, evaluation, config.seed).metrics()
         log.step(step, metrics)

@@ -16,16 +16,23 @@ _USAGE = """usage: agrpo COMMAND …
 
   sft          stage 1: supervised fine-tuning      [--config FILE] [key.path=value …] [--print-config]
   preferences  groups for stage 2, sampled          the same
+               or from published data               --convert gsm8k|hh IN OUT [--held-out SHARE] [--json]
   reward       stage 2: a reward model              the same
   train        stage 3: policy optimisation         the same
   summary      what a run measured                  DIR [--json]
   plot         a run's curves                       DIR [--out PNG]
+  serve-reward rewards for runs elsewhere           --config FILE [--host H] [--port N]
   theory       how far training can move a prompt   --beta B --group-size G|inf [--pass-rate Q] [--plot FILE] [--json]
 """
 
 
 def main() -> int:
     command, *arguments = sys.argv[1:] or ["--help"]
+    if command == "preferences" and any(argument.startswith("--convert") for argument in arguments):
+        from agrpo.data.convert import main as convert
+        from agrpo.reporting.files import replace
+
+        return convert(arguments, write=replace)
     if command in _STAGES:
         from agrpo.launch import main as launch
 
@@ -38,6 +45,11 @@ def main() -> int:
         from agrpo.reporting.plots import main as plot
 
         return plot(arguments)
+    if command == "serve-reward":
+        import runpy
+
+        sys.argv = ["agrpo serve-reward", *arguments]
+        runpy.run_module("reward_models.server", run_name="__main__", alter_sys=True)  # exits; rewards stand above us
     if command == "theory":
         from agrpo.theory import main as theory
 

@@ -44,7 +44,7 @@ def generalised_advantages(rewards: Tensor, values: Tensor, lengths: Tensor, gam
 
     Args:
         rewards: (C,) from `token_rewards`.
-        values: (C,) V of the state before each token; zeros give the discounted return, whatever λ at γ·λ = γ.
+        values: (C,) V of the state before each token; with zeros, λ = 1 gives the discounted return.
         lengths: (N,).
         gamma: γ in [0, 1]; lam: λ in [0, 1]. λ = 1 is the return less the value, λ = 0 the one-step error.
 

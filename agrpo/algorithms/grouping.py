@@ -41,16 +41,18 @@ def neyman_allocation(deviation: Sequence[float], budget: int, least: int, most:
         least, most: bounds of one prompt, 1 ≤ least ≤ most.
 
     Returns:
-        (P,) whole numbers that sum to the budget.
+        (P,) whole numbers that sum to the budget, or to P·most where that is less.
 
     Raises:
-        ValueError: bounds out of order, or a budget below P·least.
+        ValueError: bounds out of order, a budget below P·least, or a deviation that is negative or NaN.
     """
     prompts = len(deviation)
     if not 1 <= least <= most:
         raise ValueError(f"needs 1 ≤ least ≤ most, got {least} and {most}")
     if budget < prompts * least:
         raise ValueError(f"a budget of {budget} completions cannot give {prompts} prompts {least} each")
+    if not all(sigma >= 0 for sigma in deviation):
+        raise ValueError(f"deviations must be 0 or more, got {list(deviation)}")
     counts = [least] * prompts
 
     def rank(p: int) -> tuple[float, int, int]:

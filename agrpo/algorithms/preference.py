@@ -178,7 +178,8 @@ def group_preference_loss(
             `logistic`  −(1 − ε)·log σ(z) − ε·log σ(−z), whose minimum is z = logit(1 − ε); at ε = 0, z → ∞. A constant
                         ε is conservative DPO, an ε of each pair's own is a soft label.
             `ipo`       (z − ½)²/α²: with the mean log-ratio times α as score, IPO with τ = α. ε has no part in it.
-            `robust`    [−(1 − ε)·log σ(z) + ε·log σ(−z)]/(1 − 2ε): unbiased for the loss on clean labels.
+            `robust`    [−(1 − ε)·log σ(z) + ε·log σ(−z)]/(1 − 2ε): unbiased for the loss on clean labels, and for a
+                        single pair without a minimum.
         flipped: ε in [0, ½), of all pairs or (M,) of each: the probability that the worse one truly is the better.
         alpha: the scores' scale, for `ipo` alone.
 

@@ -19,6 +19,7 @@ from agrpo.types import Conversation, Demonstration, InputError, PreferenceGroup
 T = TypeVar("T")
 OnBadRow = Literal["error", "skip"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+EXAMPLES = 3  # rows that a note names
 SKIP_HINT = "(or leave such rows out with data.on_bad_row: skip)"
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turns of Anthropic's HH transcripts
 
@@ -33,7 +34,8 @@ class Records(Sequence[T], Generic[T]):
 
     items: tuple[T, ...]
     skipped: tuple[str, ...] = ()  # why, one message a row
-    duplicates: int = 0  # rows that say the same as an earlier one; they stay
+    duplicates: tuple[str, ...] = ()  # which row says the same as which earlier one; they stay
+    places: tuple[str, ...] = ()  # where each item stands, such as "pairs.jsonl:17"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -45,12 +47,12 @@ class Records(Sequence[T], Generic[T]):
         return iter(self.items)
 
     def summary(self) -> str:
-        """One line for the log: "1200 rows, 3 skipped (first: …), 12 duplicates"."""
+        """One line for the log: "1200 rows, 3 skipped (first: …), 12 duplicates (first: …)"."""
         parts = [f"{len(self)} rows"]
         if self.skipped:
             parts.append(f"{len(self.skipped)} skipped (first: {self.skipped[0]})")
         if self.duplicates:
-            parts.append(f"{self.duplicates} duplicates")
+            parts.append(f"{len(self.duplicates)} duplicates (first: {'; '.join(self.duplicates[:EXAMPLES])})")
         return ", ".join(parts)
 
 
@@ -95,6 +97,42 @@ def preference_groups(
     return _convert(rows, columns, on_bad_row, _preference, lambda g: [g.prompt, g.completions, g.levels])
 
 
+def leaked(train: Records[Any], test: Records[Any]) -> tuple[str, ...]:
+    """The rows of `test` whose prompt stands in `train` too, each as "test.jsonl:3, as train.jsonl:9".
+
+    Two prompts are the same if they differ in white space and case only; a string is the same as a conversation of
+    that one user turn. Demonstrations of plain text have no prompt and do not count.
+    """
+    known: dict[str, str] = {}
+    for record, place in zip(train, train.places, strict=True):
+        known.setdefault(_prompt_key(record), place)
+    keys = [_prompt_key(record) for record in test]
+    return tuple(
+        f"{place}, as {known[key]}" for key, place in zip(keys, test.places, strict=True) if key and key in known
+    )
+
+
+def leak_notes(name: str, train: Records[Any], test: Records[Any]) -> list[str]:
+    """For the log: one line where test prompts stand in the training data, none where they do not."""
+    rows = leaked(train, test)
+    if not rows:
+        return []
+    examples = "; ".join(rows[:EXAMPLES])
+    return [f"{name}: {len(rows)} of {len(test)} prompts stand in the training data (first: {examples}); remove them"]
+
+
+def normalised(text: str) -> str:
+    """The text by which prompts are compared: without case, and with single spaces for all white space."""
+    return " ".join(text.split()).casefold()
+
+
+def _prompt_key(record: Demonstration | PromptRow | PreferenceGroup) -> str:
+    prompt = record.text if isinstance(record, PromptRow) else record.prompt
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    said = [(turn["role"], normalised(turn["content"])) for turn in turns]
+    return json.dumps(said) if any(content for _, content in said) else ""
+
+
 def vote_confidence(votes_chosen: int, votes_rejected: int) -> float:
     """|2p − 1| with p the probability that most annotators would prefer the chosen one, given a sample of their votes.
 
@@ -116,8 +154,10 @@ def _convert(
     identity: Callable[[T], Any],
 ) -> Records[T]:
     items: list[T] = []
+    places: list[str] = []
     skipped = list(rows.skipped)
-    seen: set[str] = set()
+    duplicates: list[str] = []
+    first: dict[str, str] = {}  # what a row says, and where it is said first
     for location, values in rows:
         try:
             record = make(_Row(location, values, columns))
@@ -127,10 +167,14 @@ def _convert(
             skipped.append(str(error))
             continue
         items.append(record)
-        seen.add(json.dumps(identity(record), sort_keys=True))
+        places.append(location)
+        said = json.dumps(identity(record), sort_keys=True)
+        if said in first:
+            duplicates.append(f"{location} says the same as {first[said]}")
+        first.setdefault(said, location)
     if not items:
         raise DataError(f"none of {len(skipped)} rows is usable; the first: {skipped[0] if skipped else 'no rows'}")
-    return Records(tuple(items), tuple(skipped), len(items) - len(seen))
+    return Records(tuple(items), tuple(skipped), tuple(duplicates), tuple(places))
 
 
 class _Row:
@@ -299,13 +343,13 @@ def _preference(row: _Row) -> PreferenceGroup:
         raise row.fault(
             "rejected", "and chosen are a string and a conversation", "make both strings or both conversations"
         )
-    if chosen == rejected:
-        raise row.fault("rejected", "is identical to chosen", "give two different answers")
     if isinstance(chosen, str):
-        if prompt is None:
+        if prompt is None and chosen != rejected:
             prompt, chosen, rejected = _shared_text(row, chosen, rejected)
     else:
         prompt, chosen, rejected = _shared_turns(row, prompt, chosen, rejected)
+    if chosen == rejected:
+        raise row.fault("rejected", "is identical to chosen", "give two different answers")
     return PreferenceGroup(
         prompt=prompt,
         completions=(chosen, rejected),

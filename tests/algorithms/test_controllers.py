@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agrpo.algorithms.controllers import AdaptiveBeta, AdaptiveEpsilon, AdaptiveLambda, Fixed, check_beta_gain
+from agrpo.algorithms.controllers import (
+    AdaptiveBeta,
+    AdaptiveEntropy,
+    AdaptiveEpsilon,
+    AdaptiveLambda,
+    Fixed,
+    check_beta_gain,
+)
 
 TARGET = 0.02
 BUILDERS = {
@@ -12,9 +19,10 @@ BUILDERS = {
     "beta": lambda: AdaptiveBeta(target=TARGET),
     "epsilon": lambda: AdaptiveEpsilon(),
     "lambda": lambda: AdaptiveLambda(target=0.7),
+    "entropy": lambda: AdaptiveEntropy(),
 }
 every = pytest.mark.parametrize("name", BUILDERS)
-adaptive = pytest.mark.parametrize("name", ["beta", "epsilon", "lambda"])
+adaptive = pytest.mark.parametrize("name", ["beta", "epsilon", "lambda", "entropy"])
 anything = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=60)
 
 
@@ -59,12 +67,12 @@ def test_unusable_observations_hold_the_value_and_are_counted(name):
 def test_saturation_does_not_wind_up(name):
     """After a long time at a bound, as many steps lead away from it as from a controller that just arrived there."""
     controller = BUILDERS[name]()
-    high_observation = {"beta": 10 * TARGET, "epsilon": 0.0, "lambda": 1.0}[name]
+    upwards = {"beta": 10 * TARGET, "epsilon": 0.0, "lambda": 1.0, "entropy": 0.0}[name]
     for _ in range(5000):
-        controller.observe(high_observation)
+        controller.observe(upwards)
     assert controller.value == controller.bounds[1]
     for _ in range(60):
-        controller.observe({"beta": 0.0, "epsilon": 1.0, "lambda": 0.0}[name])
+        controller.observe({"beta": 0.0, "epsilon": 1.0, "lambda": 0.0, "entropy": 1.0}[name])
     assert controller.value < controller.bounds[1] * 0.9
 
 
@@ -96,29 +104,40 @@ def test_beta_average_is_bias_corrected():
         assert controller.value == pytest.approx(0.04 * math.exp(0.02 * step))
 
 
-def settled(gain, plant_lag, steps=3000):
-    """Largest |log(KL/target)| over the last quarter, on a plant whose KL follows (c/β)² with a lag.
+# How each observation follows its coefficient once the policy has caught up. A penalised optimum is tilted by A/β and
+# its divergence is the square of that, as an update's is of the clip range; the bonus raises the entropy by degrees;
+# a larger λ makes the pairs easier to tell apart. Each has its target inside the controller's bounds.
+PLANTS = {
+    "beta": lambda beta: (0.02 / beta) ** 2,
+    "epsilon": lambda epsilon: epsilon**2 / 16,
+    "lambda": lambda lambda_: 0.95 - 0.8 * lambda_,
+    "entropy": lambda eta: 0.3 * (eta / 0.004) ** 0.5,
+}
 
-    The square is what a penalised optimum does (the tilt is A/β and the KL its square); the lag is how many steps the
-    policy needs to get there.
-    """
-    controller, divergence, late = AdaptiveBeta(target=TARGET), 0.0, []
-    controller.gain = gain  # set past the constructor, which refuses an unstable one
+
+def settled(name, controller, plant_lag, steps=3000):
+    """Largest |log(observed/target)| over the last quarter; the plant needs `plant_lag` steps to follow."""
+    observed, late = 0.0, []
     for step in range(steps):
-        divergence += ((0.02 / controller.value) ** 2 - divergence) / plant_lag
-        controller.observe(divergence)
+        observed += (PLANTS[name](controller.value) - observed) / plant_lag
+        controller.observe(observed)
         if step > 0.75 * steps:
-            late.append(abs(math.log(divergence / TARGET)))
+            late.append(abs(math.log(observed / controller.target)))
+    low, high = controller.bounds
+    assert low < controller.value < high
     return max(late)
 
 
+@adaptive
 @pytest.mark.parametrize("plant_lag", [1, 5, 20, 50])
-def test_beta_settles_on_a_lagged_plant_with_its_defaults(plant_lag):
-    assert settled(AdaptiveBeta(target=TARGET).gain, plant_lag) < 0.02
+def test_it_settles_on_a_lagged_plant_with_its_defaults(name, plant_lag):
+    assert settled(name, BUILDERS[name](), plant_lag) < 0.02
 
 
 def test_beta_oscillates_at_five_times_the_gain():
-    assert settled(0.1, 20) > 0.2
+    controller = AdaptiveBeta(target=TARGET)
+    controller.gain = 0.1  # set past the constructor, which refuses it
+    assert settled("beta", controller, 20) > 0.2
 
 
 def test_check_beta_gain_names_the_limit():
@@ -141,6 +160,23 @@ def test_epsilon_narrows_after_large_updates_and_widens_after_small_ones():
     for _ in range(500):
         controller.observe(1.0)
     assert controller.value == 0.1
+
+
+def test_entropy_bonus_grows_below_the_target_and_shrinks_above():
+    controller = AdaptiveEntropy(target=0.4, gain=0.1, value=0.01)
+    controller.observe(0.3)
+    assert controller.value == pytest.approx(0.01 * math.exp(0.1 * 0.25))
+    controller.observe(0.5)
+    assert controller.value == pytest.approx(0.01)
+    controller.observe(4.0)
+    assert controller.value == pytest.approx(0.01 * math.exp(-0.1))
+
+
+@pytest.mark.parametrize("controller", [AdaptiveBeta, AdaptiveEpsilon, AdaptiveEntropy])
+@pytest.mark.parametrize("target", [0.0, -1.0, math.nan])
+def test_a_target_that_is_not_positive_is_refused(controller, target):
+    with pytest.raises(ValueError, match="target"):
+        controller(target=target)
 
 
 def test_lambda_ascends_on_the_violated_constraint():

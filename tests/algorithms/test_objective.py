@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def batch(seed=0, spread=0.4):
         "old_logp": logp + spread * draw(C),
         "ref_logp": logp + spread * draw(C),
         "entropy": draw(C).abs(),
-        "advantages": draw(N),
+        "advantages": draw(C),
     }
 
 
@@ -39,15 +40,14 @@ def autograd(f, x):
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
-def test_token_level_gradient_by_finite_differences(aggregation, dual_clip):
+def test_gradient_of_each_tokens_own_advantage_by_finite_differences(aggregation, dual_clip):
     b = batch()
     weights = token_weights(LENGTHS, aggregation, total_tokens=C, total_sequences=N, max_length=8).double()
-    owner = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3])
 
     def by_hand(logp):
         total = 0.0
         for t in range(C):
-            rho, a = float((logp[t] - b["old_logp"][t]).exp()), float(b["advantages"][owner[t]])
+            rho, a = float((logp[t] - b["old_logp"][t]).exp()), float(b["advantages"][t])
             gain = min(rho * a, min(max(rho, 0.8), 1.3) * a)
             if dual_clip and a < 0:
                 gain = max(gain, dual_clip * a)
@@ -55,8 +55,17 @@ def test_token_level_gradient_by_finite_differences(aggregation, dual_clip):
         return torch.tensor(total, dtype=torch.float64)
 
     def loss(logp):
-        ratio = importance_ratio(logp, b["old_logp"], LENGTHS, "token")
-        return (weights * clipped_surrogate(ratio, b["advantages"][owner], 0.2, 0.3, dual_clip)).sum()
+        return policy_loss(
+            **{**b, "logp": logp},
+            lengths=LENGTHS,
+            weights=weights,
+            beta=0.0,
+            entropy_coef=0.0,
+            kl="symmetric",
+            ratio="token",
+            dual_clip=dual_clip,
+            **RANGE,
+        )[0]
 
     assert loss(b["logp"]).item() == pytest.approx(by_hand(b["logp"]).item(), abs=1e-12)
     expected = numeric_gradient(by_hand, b["logp"])
@@ -148,9 +157,10 @@ def test_token_weights_give_the_three_means():
 def slice_of(b, first, last, weights):
     ends = [0, *LENGTHS.cumsum(0).tolist()]
     tokens = slice(ends[first], ends[last])
-    inputs = {key: b[key][tokens] for key in ("logp", "old_logp", "ref_logp", "entropy")}
-    inputs["advantages"] = b["advantages"][first:last]
-    return inputs | {"lengths": LENGTHS[first:last], "weights": weights[tokens]}
+    return {key: values[tokens] for key, values in b.items()} | {
+        "lengths": LENGTHS[first:last],
+        "weights": weights[tokens],
+    }
 
 
 @settings(max_examples=40, deadline=None)
@@ -205,7 +215,7 @@ def test_lambda_zero_is_grpo_written_out_with_padding():
             b["old_logp"],
             b["ref_logp"],
             b["entropy"],
-            group_advantages(rewards, group),
+            group_advantages(rewards, group).repeat_interleave(LENGTHS),
             LENGTHS,
             weights=token_weights(LENGTHS, "sequence", total_tokens=C, total_sequences=N, max_length=8),
             epsilon_low=eps,
@@ -258,6 +268,17 @@ def test_off_policy_penalty_and_bonus_have_the_enumerated_gradient(kl):
     torch.testing.assert_close(actual, numeric_gradient(exact, logits), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence", "trajectory"])
+def test_the_divergence_is_weighted_by_each_tokens_own_ratio_whatever_the_clips(ratio):
+    b = batch() | {"advantages": torch.zeros(C, dtype=torch.float64)}
+    weights = torch.linspace(0.1, 1.0, C, dtype=torch.float64)
+    how = dict(lengths=LENGTHS, weights=weights, beta=0.7, entropy_coef=0.0, kl="forward", ratio=ratio, **RANGE)
+    rows = zip(weights.tolist(), *(b[k].tolist() for k in ("logp", "old_logp", "ref_logp")), strict=True)
+    expected = [0.7 * w * math.exp(logp - old) * (1 - math.exp(ref - logp)) for w, logp, old, ref in rows]
+    actual = autograd(lambda logp: policy_loss(**(b | {"logp": logp}), **how)[0], b["logp"])
+    assert actual.tolist() == pytest.approx(expected, rel=1e-9)
+
+
 def test_update_divergence_is_the_old_policys():
     old, new = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).log_softmax(1)
     repeats = 10_000  # tokens in proportion to the old policy, so that the sum over tokens is its expectation
@@ -267,7 +288,7 @@ def test_update_divergence_is_the_old_policys():
         old[tokens],
         new[tokens],
         torch.zeros(len(tokens)),
-        torch.zeros(1),
+        torch.zeros(len(tokens)),
         torch.tensor([len(tokens)]),
         weights=torch.ones(len(tokens)),
         beta=0.0,

@@ -56,12 +56,6 @@ def test_confidences_equal_their_definition():
     rewards = preference.confidence_from_rewards(margin + 5, torch.full((4,), 5.0, dtype=torch.float64), 0.7)
     assert rewards.tolist() == pytest.approx(expected, rel=1e-9)
 
-    p = torch.tensor([0.5, 0.9, 0.2])
-    assert preference.confidence_from_probability(p).tolist() == pytest.approx([0.0, 0.8, 0.6])
-
-    votes_for, votes_against = torch.tensor([3, 0, 5, 0]), torch.tensor([1, 0, 5, 2])
-    assert preference.confidence_from_votes(votes_for, votes_against).tolist() == [0.5, 0.0, 0.0, 1.0]
-
     means_i, means_j = torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([0.5, 2.0, 2.0, 1.0])
     stds_i, stds_j = torch.tensor([0.3, 0.0, 1.0, 0.0]), torch.tensor([0.4, 0.0, 1.0, 0.0])
     confidence = preference.confidence_from_ensemble(means_i, means_j, stds_i, stds_j)
@@ -138,7 +132,7 @@ def test_lambda_one_with_one_pair_and_full_confidence_is_dpo():
         LOGP,
         REF,
         torch.zeros(5),
-        torch.tensor([1.0, -1.0]),
+        torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]),
         LENGTHS,
         weights=torch.full((5,), 0.2),
         epsilon_low=0.2,
@@ -163,48 +157,97 @@ def test_mean_reduction_takes_the_length_out():
         implicit_reward(LOGP, REF, LENGTHS, alpha=2.0, reduction="max")
 
 
+ONE_PAIR = Pairs(torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]))
+
+
+def loss_at(lead, **options):
+    """Loss of one pair with the weight 1, as a function of s_i − s_j."""
+    return group_preference_loss(torch.tensor([lead, 0.0], dtype=torch.float64), ONE_PAIR, torch.ones(1), **options)
+
+
 def minimiser(**options):
-    """z of one pair after Newton-free descent on the loss."""
+    """s_i − s_j of one pair after descent on the loss."""
     lead = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    pairs = Pairs(torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]))
     for _ in range(300):
         scores = torch.cat([lead, torch.zeros(1, dtype=torch.float64)])
-        (gradient,) = torch.autograd.grad(group_preference_loss(scores, pairs, torch.tensor([0.4]), **options), lead)
-        lead = (lead - 5 * gradient).detach().requires_grad_()
+        loss = group_preference_loss(scores, ONE_PAIR, torch.tensor([0.4]), **options)
+        (gradient,) = torch.autograd.grad(loss, lead)
+        lead = (lead - gradient).detach().requires_grad_()
     return lead.item()
 
 
-def test_soft_labels_move_the_minimiser_to_the_logit_and_weights_do_not():
-    probability = torch.tensor([0.8], dtype=torch.float64)
-    assert minimiser(labels="soft", probability=probability) == pytest.approx(math.log(4), abs=1e-6)
-    assert minimiser(labels="soft", probability=probability, margin=0.5) == pytest.approx(math.log(4) + 0.5, abs=1e-6)
-    assert minimiser() > 5
+@pytest.mark.parametrize("flipped", [0.2, torch.tensor([0.2], dtype=torch.float64)])
+def test_doubted_labels_move_the_minimiser_to_the_logit_and_weights_do_not(flipped):
+    assert minimiser(flipped=flipped) == pytest.approx(math.log(4), abs=1e-6)
+    assert minimiser(flipped=flipped, margin=0.5) == pytest.approx(math.log(4) + 0.5, abs=1e-6)
+    assert minimiser() > 4
 
 
-def test_soft_with_certain_labels_is_the_weighted_loss():
+def test_each_pair_has_its_own_doubt():
+    doubt = torch.tensor([0.1, 0.3], dtype=torch.float64)
+    pairs = Pairs(torch.tensor([0, 2]), torch.tensor([1, 3]), torch.ones(2))
+    scores = torch.tensor([math.log(9), 0.0, math.log(7 / 3), 0.0], dtype=torch.float64, requires_grad=True)
+    group_preference_loss(scores, pairs, torch.ones(2), flipped=doubt).backward()
+    assert scores.grad.abs().max() < 1e-12
+    swapped = torch.autograd.grad(group_preference_loss(scores, pairs, torch.ones(2), flipped=doubt.flip(0)), scores)[0]
+    assert swapped.abs().min() > 0.1
+
+
+def test_ipo_stops_at_half_and_robust_never():
+    assert minimiser(shape="ipo") == pytest.approx(0.5, abs=1e-9)
+    assert minimiser(shape="ipo", margin=0.3) == pytest.approx(0.8, abs=1e-9)
+    assert minimiser(shape="robust", flipped=0.2) > minimiser() + 10
+
+
+@pytest.mark.parametrize("lead", [-3.0, -0.4, 0.0, 1.7, 40.0])
+@pytest.mark.parametrize("doubt", [0.0, 0.1, 0.45])
+def test_losses_of_a_pair_are_their_closed_forms(lead, doubt):
+    clean, reversed_ = math.log1p(math.exp(-lead)), math.log1p(math.exp(lead))  # −log σ(z), −log σ(−z)
+    conservative = (1 - doubt) * clean + doubt * reversed_
+    assert loss_at(lead, flipped=doubt).item() == pytest.approx(conservative, rel=1e-9, abs=1e-12)
+    robust = ((1 - doubt) * clean - doubt * reversed_) / (1 - 2 * doubt)
+    assert loss_at(lead, shape="robust", flipped=doubt).item() == pytest.approx(robust, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("lead", [-3.0, 0.2, 4.0])
+def test_robust_loss_is_unbiased_for_the_clean_one_when_labels_are_flipped(lead):
+    doubt = 0.3
+    noisy = (1 - doubt) * loss_at(lead, shape="robust", flipped=doubt)
+    noisy = noisy + doubt * loss_at(-lead, shape="robust", flipped=doubt)
+    assert noisy.item() == pytest.approx(math.log1p(math.exp(-lead)), rel=1e-12)
+    conservative = (1 - doubt) * loss_at(lead, flipped=doubt) + doubt * loss_at(-lead, flipped=doubt)
+    assert abs(conservative.item() - math.log1p(math.exp(-lead))) > 0.01
+
+
+def test_ipo_is_the_squared_distance_of_the_mean_log_ratio_from_half_its_inverse_temperature():
+    tau = 0.3
+    mean_w, mean_l = (-3.5 + 3.2) / 3, (-2.0 + 3.8) / 2
+    scores = implicit_reward(LOGP, REF - torch.tensor([0, 0, 0, 2, 0]), LENGTHS, alpha=tau, reduction="mean")
+    loss = group_preference_loss(scores, ONE_PAIR, torch.tensor([0.7]), shape="ipo", alpha=tau, flipped=0.2)
+    assert loss.item() == pytest.approx(0.7 * (mean_w - mean_l - 1 / (2 * tau)) ** 2, rel=1e-6)
+
+
+def test_weighted_logistic_loss_over_a_group_by_hand():
     pairs, scores = pairs_of([[0.0, 1.0, 2.0]]), torch.tensor([0.3, -1.0, 0.8])
     weights, margin = torch.tensor([0.2, 1.0, 0.5]), torch.tensor([0.1, 0.0, 0.4])
-    weighted = group_preference_loss(scores, pairs, weights, margin=margin)
-    soft = group_preference_loss(scores, pairs, weights, margin=margin, labels="soft", probability=torch.ones(3))
-    torch.testing.assert_close(soft, weighted)
     z = (scores[pairs.better] - scores[pairs.worse] - margin).tolist()
     by_hand = sum(w * -math.log(sigmoid(x)) for w, x in zip(weights.tolist(), z, strict=True))
-    assert weighted.item() == pytest.approx(by_hand, rel=1e-5)
+    loss = group_preference_loss(scores, pairs, weights, margin=margin)
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_soft_needs_probabilities_and_unknown_names_are_refused():
+def test_unknown_names_are_refused_with_the_known_ones():
     pairs = pairs_of([[0.0, 1.0]])
-    with pytest.raises(ValueError, match="probability"):
-        group_preference_loss(torch.zeros(2), pairs, torch.ones(1), labels="soft")
-    with pytest.raises(ValueError, match="weighted or soft"):
-        group_preference_loss(torch.zeros(2), pairs, torch.ones(1), labels="hard")
+    with pytest.raises(ValueError, match="logistic, ipo, robust"):
+        group_preference_loss(torch.zeros(2), pairs, torch.ones(1), shape="hinge")
     with pytest.raises(ValueError, match="hierarchical"):
         pair_weights(pairs, torch.ones(1), "margin")
 
 
-def test_no_pairs_give_a_differentiable_zero():
+@pytest.mark.parametrize("shape", ["logistic", "ipo", "robust"])
+def test_no_pairs_give_a_differentiable_zero(shape):
     scores = torch.zeros(3, requires_grad=True)
-    loss = group_preference_loss(scores, pairs_of([[1.0, 1.0, NAN]]), torch.ones(0))
+    loss = group_preference_loss(scores, pairs_of([[1.0, 1.0, NAN]]), torch.ones(0), shape=shape)
     loss.backward()
     assert loss == 0 and scores.grad.tolist() == [0.0] * 3
 
@@ -219,6 +262,26 @@ def test_uncertainty_is_the_binary_entropy_of_the_preference(lead):
     assert count == 1 and not total.requires_grad
 
 
-def test_label_entropy_of_known_probabilities():
+def test_label_entropy_sums_the_bits_of_the_labels():
     quarter = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
-    assert preference.label_entropy(torch.tensor([0.5, 1.0, 0.0, 0.25])) == pytest.approx((1 + quarter) / 4)
+    flipped = torch.tensor([0.5, 0.0, 1.0, 0.25, 0.25])
+    assert preference.label_entropy(flipped).item() == pytest.approx(1 + 2 * quarter)
+    assert preference.label_entropy(torch.zeros(0)).item() == 0
+
+
+def test_a_perfect_model_of_doubted_labels_keeps_their_entropy_as_its_uncertainty():
+    doubt = torch.tensor([0.05, 0.2, 0.5], dtype=torch.float64)
+    scores = torch.cat([torch.logit(1 - doubt), torch.zeros(3, dtype=torch.float64)])
+    pairs = Pairs(torch.arange(3), torch.arange(3, 6), torch.ones(3))
+    uncertainty, count = preference.preference_uncertainty(scores, pairs)
+    assert count == 3
+    torch.testing.assert_close(uncertainty, preference.label_entropy(doubt))
+
+
+def test_a_confidence_of_one_is_never_flipped_and_none_is_a_coin_toss():
+    confidence = torch.tensor([1.0, 0.0, 0.6], requires_grad=True)
+    flipped = preference.flip_probability(confidence)
+    assert flipped.tolist() == pytest.approx([0.0, 0.5, 0.2]) and not flipped.requires_grad
+    p = torch.tensor([0.8])
+    margin = torch.logit(p)  # annotators who are right with p
+    assert preference.flip_probability(preference.confidence_from_margin(margin, 1.0)).item() == pytest.approx(0.2)

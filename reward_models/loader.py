@@ -25,8 +25,9 @@ class RewardError(InputError):
 def load_reward(target: str, parameters: Mapping[str, Any] | None = None) -> Reward:
     """The reward that `package.module.attr` or `package.module:attr` names.
 
-    A function gets the parameters as keyword arguments at every call, where they win over columns of the same name; a
-    class is instantiated with them; a module's `build(**parameters)` is called. The working directory is searched too.
+    A function gets the parameters as keyword arguments at every call, where they win over columns of the same name; one
+    that takes no completions makes a reward, as TRL's get_… do, and is called with them once; a class is instantiated
+    with them; a module's `build(**parameters)` is called. The working directory is searched too.
 
     Raises:
         RewardError: no such module or attribute, nothing callable, or a parameter that the target does not name.
@@ -44,6 +45,8 @@ def load_reward(target: str, parameters: Mapping[str, Any] | None = None) -> Rew
         return _make(target, found, parameters)
     if not callable(found):
         raise RewardError(f"reward {target!r} is a {type(found).__name__}, not a function, class or module")
+    if _is_factory(found):
+        return _make(target, found, parameters)
     _check_names(target, found, parameters)
     if not parameters:
         return found
@@ -98,6 +101,17 @@ def _hint(name: str, found: Any) -> str:
         known += [module.name for module in pkgutil.iter_modules(found.__path__)]
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _is_factory(found: Callable) -> bool:
+    """Does the function make a reward, rather than being one? It has no place for completions then."""
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except ValueError:
+        return False
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return False
+    return inspect.isfunction(found) and not any(p.name in _GIVEN for p in parameters)
 
 
 def _make(target: str, factory: Callable, parameters: dict[str, Any]) -> Reward:

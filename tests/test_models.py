@@ -34,6 +34,7 @@ from agrpo.models import (
     save_reward_model,
     stop_ids,
 )
+from reward_models import learned
 from reward_models.learned import LearnedReward
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -209,20 +210,26 @@ def test_a_saved_reward_model_scores_as_its_scorer_did(family, tmp_path):
         torch.tensor([token for c in ids for token in c]),
     )
     with torch.no_grad():
-        expected, _ = scorer(layout)
+        expected = scorer(layout)[0][:, 0]
     for budget in (1, 10_000):
         scores = torch.tensor(LearnedReward(str(tmp_path), batch_tokens=budget)(prompts, completions))
         assert (scores - expected).abs().max() < 1e-4
     assert expected.std() > 1e-3
 
 
-def test_a_model_with_more_labels_is_no_reward_model(tmp_path):
-    config = FAMILIES["llama-tied"]().config
+def test_several_heads_are_no_single_reward_and_a_language_model_is_none_at_all(tmp_path):
+    lm = FAMILIES["llama-tied"]()
+    config = copy.deepcopy(lm.config)
     config.num_labels = 2
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    CHARACTERS.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="has 2 labels; a reward model has one"):
-        LearnedReward(str(tmp_path))
+    heads, policy = tmp_path / "heads", tmp_path / "policy"
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(heads)
+    lm.save_pretrained(policy)
+    for folder in (heads, policy):
+        CHARACTERS.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"has 2 labels; score with reward_models.ensemble"):
+        learned.build(str(heads))
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM, not a reward model.*reward_models.implicit"):
+        learned.build(str(policy))
 
 
 def test_dropout_is_off(tmp_path):

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agrpo.config import RewardConfig, parse_command_line
 from agrpo.data.load import encode_groups, read_preference_groups, require_batch
+from agrpo.data.records import leak_notes
 from agrpo.data.streams import Stream
 from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
@@ -56,9 +57,9 @@ def main(config: RewardConfig) -> None:
     held_out = {}
     for name, source in (("validation", evaluation.data), ("test", evaluation.test)):
         if source is not None:
-            rows, *tokens = encode_groups(
-                read_preference_groups(source, log.note), tokenizer, config.max_length, log.note
-            )
+            found = read_preference_groups(source, log.note)
+            session.notes(leak_notes(name, data, found))
+            rows, *tokens = encode_groups(found, tokenizer, config.max_length, log.note)
             held_out[name] = (rows, Sequences.of(*tokens))
 
     stream = Stream(len(prompts), training.batch_size, config.seed, distributed.rank(), distributed.world())

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from agrpo.data.records import DataError, Records, demonstrations, preference_groups, prompts, vote_confidence
+from agrpo.data.records import (
+    DataError,
+    Records,
+    demonstrations,
+    leak_notes,
+    leaked,
+    preference_groups,
+    prompts,
+    vote_confidence,
+)
 from agrpo.data.sources import load_rows
 
 
@@ -229,6 +238,19 @@ BAD = [
     (preference_groups, {**PAIR, "rejected": "A"}, "rejected: is identical to chosen; give two different answers"),
     (
         preference_groups,
+        {"chosen": [user("Hi"), assistant("A")], "rejected": [user("Hi"), {**assistant("A"), "id": "7"}]},
+        "rejected: is identical to chosen; give two different answers",
+    ),
+    (preference_groups, {"chosen": "Q A", "rejected": "Q A"}, "rejected: is identical to chosen; give two different"),
+    (preference_groups, {**PAIR, "chosen": ""}, "chosen: is empty; fill it"),
+    (preference_groups, {**PAIR, "rejected": [assistant(" ")]}, "rejected: and chosen are a string and"),
+    (
+        preference_groups,
+        {"chosen": [user("Hi"), assistant("A")], "rejected": [user("Hi"), assistant(" ")]},
+        "rejected: is empty; fill it",
+    ),
+    (
+        preference_groups,
         {**PAIR, "rejected": [assistant("B")]},
         "rejected: and chosen are a string and a conversation; make",
     ),
@@ -286,7 +308,7 @@ BAD = [
     (preference_groups, {**GROUP, "completions": ["A"]}, "completions: has 1; a group needs at least 2"),
     (preference_groups, {**GROUP, "completions": ["A", ""]}, "completions: is empty; fill it"),
     (preference_groups, {**GROUP, "completions": ["A", "A"]}, "completions: has 'A' at levels 1 and 0; give equal"),
-    (preference_groups, {**GROUP, "confidences": [1]}, "confidences: has 1 values for 2 completions; give each one"),
+    (preference_groups, {**GROUP, "confidences": [1]}, "confidences: has 1 values for 2 completions; give each"),
     (preference_groups, {**GROUP, "confidences": [1, -0.1]}, "confidences: is -0.1, outside [0, 1]"),
 ]
 GOOD = {demonstrations: {"prompt": "Q", "completion": "A"}, prompts: {"prompt": "Q"}, preference_groups: PAIR}
@@ -315,10 +337,67 @@ def test_a_mapped_column_that_is_not_there_is_named_as_the_user_wrote_it():
         prompts(rows({"question": ""}), {"prompt": "question"})
 
 
-def test_duplicates_are_counted_and_stay():
+def test_duplicates_are_told_with_the_row_that_they_repeat_and_stay():
     made = demonstrations(rows(*[{"prompt": "Q", "completion": c, "id": i} for i, c in enumerate("AABA")]), {})
-    assert len(made) == 4 and made.duplicates == 2
-    assert made.summary() == "4 rows, 2 duplicates"
+    told = ("data.jsonl:2 says the same as data.jsonl:1", "data.jsonl:4 says the same as data.jsonl:1")
+    assert len(made) == 4 and made.duplicates == told
+    assert made.summary() == f"4 rows, 2 duplicates (first: {'; '.join(told)})"
+    pair, swapped = {"prompt": "Q", "chosen": "A", "rejected": "B"}, {"prompt": "Q", "chosen": "B", "rejected": "A"}
+    assert preference_groups(rows(pair, swapped, {**pair, "margin": 2}), {}).duplicates == (
+        "data.jsonl:3 says the same as data.jsonl:1",
+    )
+
+
+def test_a_summary_names_three_duplicates_however_many_there_are():
+    made = prompts(rows(*[{"prompt": "Q"}] * 1000), {})
+    assert re.fullmatch(r"1000 rows, 999 duplicates \(first: ([^;]*; ){2}[^;]*\)", made.summary())
+
+
+def at(name, *values):
+    return Records(tuple((f"{name}.jsonl:{number}", value) for number, value in enumerate(values, 1)))
+
+
+def test_test_prompts_that_stand_in_the_training_data_are_found_by_row():
+    pair = {"chosen": "A", "rejected": "B"}
+    train = preference_groups(
+        at(
+            "train",
+            {"prompt": "What is\n 2 + 2?", **pair},
+            {"prompt": [SYSTEM, user("Sing")], "chosen": "La", "rejected": "No"},
+            {"prompt": "what is 2 + 2?", "completions": ["4", "5"], "levels": [1, 0]},
+        ),
+        {},
+    )
+    test = preference_groups(
+        at(
+            "test",
+            {"prompt": "What is 2 + 3?", **pair},
+            {"prompt": [user("What is 2 + 2?")], **pair},
+            {"prompt": [user("Sing")], **pair},
+            {"prompt": [SYSTEM, user("sing ")], **pair},
+            {"prompt": "WHAT IS 2 + 2?", "chosen": "C", "rejected": "D"},
+        ),
+        {},
+    )
+    found = ("test.jsonl:2, as train.jsonl:1", "test.jsonl:4, as train.jsonl:2", "test.jsonl:5, as train.jsonl:1")
+    assert leaked(train, test) == found
+    (note,) = leak_notes("test", train, test)
+    assert note.startswith(f"test: 3 of 5 prompts stand in the training data (first: {'; '.join(found)})")
+    assert leaked(train, preference_groups(at("test", {"prompt": "Other", **pair}), {})) == ()
+    assert leak_notes("test", train, preference_groups(at("test", {"prompt": "Other", **pair}), {})) == []
+
+
+def test_leaks_are_found_across_kinds_of_data_and_plain_text_has_no_prompt_to_leak():
+    learnt = demonstrations(at("sft", {"text": "Once"}, {"prompt": "Q", "completion": "A"}), {})
+    assert leaked(learnt, prompts(at("test", {"prompt": "Once"}, {"prompt": "q"}), {})) == (
+        "test.jsonl:2, as sft.jsonl:2",
+    )
+    assert leaked(learnt, demonstrations(at("test", {"text": "Twice"}), {})) == ()
+
+
+def test_places_are_those_of_the_rows_that_are_left():
+    made = prompts(rows({"prompt": "Q"}, {"prompt": ""}, {"prompt": "R"}), {}, "skip")
+    assert made.places == ("data.jsonl:1", "data.jsonl:3")
 
 
 def test_the_summary_counts_what_files_and_records_skipped(tmp_path):

@@ -1,5 +1,6 @@
 """Accuracy against answers whose verdict is known by construction, and against math-verify where both can judge."""
 
+import random
 import time
 from decimal import Decimal
 from fractions import Fraction
@@ -143,6 +144,35 @@ def test_a_markdown_heading_is_not_an_answer():
 def test_columns_of_different_lengths_are_an_error():
     with pytest.raises(ValueError):
         accuracy([""], ["4", "5"], solution=["4"])
+
+
+def worked_solutions(count):
+    """(solution, its number) in the manner of GSM8K: steps with calculator marks, then `#### x`, in many spellings."""
+    rng = random.Random(5)
+    for number in range(count):
+        value = Decimal(rng.choice([rng.randrange(1000), rng.randrange(10**9), -rng.randrange(1, 10**5)]))
+        value = value / 100 if number % 3 == 0 else value
+        plain = f"{value:,}" if rng.random() < 0.5 else str(value)
+        if number % 4 == 1:
+            plain = plain.replace("-", "-$") if value < 0 else f"${plain}"
+        elif number % 4 == 2:
+            plain += rng.choice([" apples", "%", " dollars", " square feet", "."])
+        a = rng.randrange(1, 500)
+        steps = f"Ann has {value - a}+{a}=<<{value - a}+{a}={value}>>{value} of them,\nin {a} boxes of 12."
+        yield f"{steps}\n#### {plain}", value
+
+
+def test_every_worked_solution_is_right_and_with_its_number_altered_wrong_and_math_verify_agrees():
+    solutions, values = zip(*worked_solutions(200), strict=True)
+    assert accuracy([""] * 200, solutions, solution=solutions) == [1.0] * 200
+    assert accuracy([""] * 200, [f"\\boxed{{{value}}}" for value in values], solution=solutions) == [1.0] * 200
+    for altered in (lambda x: x + 1, lambda x: -x if x else x + 2, lambda x: x * 10 + 3, lambda x: x + Decimal("0.01")):
+        others = [f"{text.rpartition('####')[0]}#### {altered(x)}" for text, x in zip(solutions, values, strict=True)]
+        assert accuracy([""] * 200, others, solution=solutions) == [0.0] * 200
+        assert accuracy([""] * 200, solutions, solution=others) == [0.0] * 200
+    for value in values:
+        assert verify(parse(f"${value}$"), parse(f"$\\boxed{{{value:,}}}$"))
+        assert not verify(parse(f"${value}$"), parse(f"$\\boxed{{{value + 1:,}}}$"))
 
 
 HOSTILE_QUICK = [

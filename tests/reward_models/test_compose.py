@@ -1,13 +1,15 @@
 """Abstaining is not scoring 0, a failing reward costs its own column, and every lost score is counted."""
 
+import json
 import math
+import statistics
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward_models.compose import RewardSet
+from reward_models.compose import Entry, Gate, RewardSet
 
 
 def giving(values):
@@ -80,6 +82,45 @@ def test_an_abstention_does_not_pull_the_total_down():
         [("a", giving([1.0, 1.0]), 1.0), ("b", giving([None, 0.0]), 1.0), ("c", giving([None, -1.0]), 1.0)]
     )
     assert rewards.total(scores_of(rewards, 2)).tolist() == [1.0, 0.0]
+
+
+def table(*columns):
+    return torch.tensor(columns, dtype=torch.float32).T
+
+
+def test_a_gate_lets_a_reward_count_only_where_the_other_passed():
+    rewards = RewardSet(
+        [("format", failing, 0.5), Entry("accuracy", failing, 2.0, gate=Gate("format", 1.0, otherwise=-0.25))]
+    )
+    scores = table([1.0, 0.0, 1.0, math.nan, 0.0], [1.0, 1.0, 0.0, 1.0, math.nan])
+    shaped = rewards.shaped(scores)
+    assert shaped[:, 1].tolist()[:3] == [1.0, -0.25, 0.0]
+    assert shaped[3, 1].isnan() and shaped[4, 1] == -0.25  # an abstaining gate hides the reward; a closed one decides
+    assert rewards.total(scores)[:3].tolist() == [2.5, -0.5, 0.5] and rewards.total(scores)[3].isnan()
+    with pytest.raises(ValueError, match="the gate of reward 'accuracy' is 'style'"):
+        RewardSet([("format", failing), Entry("accuracy", failing, gate=Gate("style"))])
+
+
+@given(st.lists(st.lists(st.floats(-5, 5, width=16), min_size=1, max_size=7), min_size=2, max_size=4))
+def test_running_normalisation_is_that_of_everything_seen_so_far_in_whatever_portions(portions):
+    rewards = RewardSet([Entry("a", failing, normalise=True), ("b", failing)])
+    for portion in portions:
+        rewards.observe(table([*portion, math.nan], [1.0] * (len(portion) + 1)))
+    seen = [x for portion in portions for x in portion]
+    deviation = max(1e-6, statistics.pstdev(seen))
+    probe = table([1.5, -2.0], [3.0, 4.0])
+    resumed = RewardSet([Entry("a", failing, normalise=True), ("b", failing)])
+    resumed.load_state_dict(json.loads(json.dumps(rewards.state_dict())))
+    for own in (rewards, resumed):
+        shaped = own.shaped(probe)
+        expected = [(x - statistics.fmean(seen)) / deviation for x in (1.5, -2.0)]
+        assert shaped[:, 0].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert shaped[:, 1].tolist() == [3.0, 4.0]
+
+
+def test_before_anything_was_seen_scores_count_as_they_are():
+    rewards = RewardSet([Entry("a", failing, normalise=True)])
+    assert rewards.shaped(table([2.0, -7.0])).tolist() == [[2.0], [-7.0]]
 
 
 def test_all_failed_only_where_nothing_was_scored():

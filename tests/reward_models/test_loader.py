@@ -56,7 +56,12 @@ def test_parameters_are_bound_and_win_over_columns(users_module):
     assert reward(prompts=[""], completions=["abc"], completion_ids=[[1]], solution=["s"], factor=[99.0]) == [6.0]
 
 
-def test_classes_are_made_and_modules_built(users_module):
+def test_classes_are_made_and_modules_built_and_functions_without_completions_called(users_module):
+    made = load_reward(f"{users_module}.build", {"value": 4})
+    assert made([""], ["a"]) == [4.0]
+    trls = load_reward("trl.rewards.get_soft_overlong_punishment", {"max_completion_len": 10, "soft_punish_cache": 4})
+    ids = [[1] * n for n in (3, 8, 12)]
+    assert trls(prompts=[""] * 3, completions=[""] * 3, completion_ids=ids) == [0.0, -0.5, -1.0]
     assert load_reward(f"{users_module}.Counting", {"start": 3})([""], ["a"]) == [3.0]
     assert load_reward(users_module, {"value": 5})([""], ["a"]) == [5.0]
 

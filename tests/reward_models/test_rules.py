@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_models import rules
+from reward_models.compose import RewardSet
+from reward_models.loader import load_reward
 
 
 def score(rule, text, **columns):
@@ -39,6 +41,23 @@ def test_format_is_linear(hostile):
     started = time.monotonic()
     assert rules.format([], [hostile]) == rules.answer_format([], [hostile]) == [0.0]
     assert time.monotonic() - started < 1
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8), st.sets(st.sampled_from(PIECES[:4]), min_size=1))
+def test_tag_count_is_the_share_of_the_tags_that_stand_exactly_once(pieces, tags):
+    once = sum(pieces.count(tag) == 1 for tag in tags)
+    assert score(rules.tag_count, "".join(pieces), tags=sorted(tags)) == once / len(tags)
+    assert score(rules.tag_count, "".join(pieces)) == sum(pieces.count(tag) == 1 for tag in PIECES[:4]) / 4
+
+
+def test_tag_count_gives_all_that_format_asks_for_and_is_linear():
+    assert score(rules.tag_count, "<think>17</think>\n<answer>4</answer>") == 1.0
+    started = time.monotonic()
+    assert score(rules.tag_count, "<think>" * 300_000 + "</think>") == 0.25
+    assert time.monotonic() - started < 1
+    for tags in ([], "<think>"):
+        with pytest.raises(ValueError, match="list of tags"):
+            score(rules.tag_count, "", tags=tags)
 
 
 KEPT = {
@@ -146,3 +165,30 @@ def test_reasoning_steps_counts_lines_that_open_a_step():
 def test_the_names_are_functions_and_not_modules():
     for name in rules.__all__:
         assert getattr(rules, name).__name__ == name
+
+
+def test_rewards_of_trl_s_own_package_plug_in_by_import_path():
+    pytest.importorskip("trl")
+    targets = ("trl.rewards.accuracy_reward", "trl.rewards:think_format_reward", "reward_models.rules.accuracy")
+    rewards = RewardSet([(target, load_reward(target), 1.0) for target in targets])
+    texts = [r"<think>1 + 2</think>\boxed{\frac{1}{2}}", r"<think>1 + 2</think>\boxed{\frac{1}{3}}", r"\boxed{0.5}"]
+    prompts = [[{"role": "user", "content": "1/4 + 1/4?"}]] * 3
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    columns = {"solution": [r"$\frac{1}{2}$"] * 3, "finished": [True] * 3, "kwargs": [None] * 3}
+    scores = rewards.score(prompts, completions, [[1]] * 3, columns)
+    assert scores.tolist() == [[1, 1, 1], [0, 1, 0], [1, 0, 1]]
+    abstained = rewards.score(prompts[:1], completions[:1], [[1]], {"solution": ["no mathematics"]})
+    assert abstained[0, 0].isnan() and abstained[0, 1] == 1  # TRL's None is our abstention
+    assert rewards.take_errors() == {}
+
+
+def test_overlong_and_cosine_are_what_trl_computes():
+    trl = pytest.importorskip("trl.rewards")
+    ids = [[0] * n for n in range(0, 131, 5)]
+    texts = ["\\boxed{4}", "\\boxed{5}"] * 13 + ["\\boxed{4}"]
+    columns = {"solution": ["\\boxed{4}"] * 27}
+    theirs = trl.get_soft_overlong_punishment(100, 20)(completion_ids=ids)
+    assert rules.overlong([], texts, ids, limit=100, buffer=20) == pytest.approx(theirs)
+    talk = [[{"role": "assistant", "content": text}] for text in texts]
+    theirs = trl.get_cosine_scaled_reward(100)(completions=talk, completion_ids=ids, **columns)
+    assert rules.cosine([], talk, ids, limit=100, **columns) == pytest.approx(theirs)

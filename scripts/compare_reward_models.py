@@ -47,7 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--config", type=Path, default=Path("configs/smollm2-135m/reward-data.yaml"))
+    parser.add_argument("--config", type=Path, default=Path("configs/smollm2-135m-data/reward.yaml"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, the cores shared between them")
     parser.add_argument("--json", action="store_true")

@@ -60,5 +60,4 @@ class EnsembleReward:
         return votes.mean(1), votes.std(1, correction=0)
 
 
-def build(models: Sequence[str], **parameters: Any) -> EnsembleReward:
-    return EnsembleReward(models, **parameters)
+build = EnsembleReward

@@ -72,5 +72,4 @@ def _load(path: str, trust_remote_code: bool) -> tuple[Policy, Any]:
     return Policy(lm).to(distributed.device()).eval().requires_grad_(False), tokenizer
 
 
-def build(model: str, reference: str, **parameters: Any) -> ImplicitReward:
-    return ImplicitReward(model, reference, **parameters)
+build = ImplicitReward

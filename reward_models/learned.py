@@ -71,8 +71,9 @@ def slices(batch: Sequences, batch_tokens: int) -> Iterator[Layout]:
         yield batch.layout(part)
 
 
-def build(model: str, **parameters: Any) -> LearnedReward:
-    reward = LearnedReward(model, **parameters)
+def build(model: str, batch_tokens: int = 16384, trust_remote_code: bool = False) -> LearnedReward:
+    """The reward of a model with one head."""
+    reward = LearnedReward(model, batch_tokens, trust_remote_code)
     if reward.heads != 1:
         raise ModelError(f"{model} has {reward.heads} labels; score with reward_models.ensemble, or name another model")
     return reward

@@ -17,6 +17,11 @@ from agrpo.types import InputError
 _SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 
 
+def is_secret(name: str) -> bool:
+    """Does a key or a variable of this name hold a secret? `…_env` names the variable that does."""
+    return bool(_SECRET.search(name)) and name != "added_tokens" and not name.endswith("_env")
+
+
 class ConfigError(InputError):
     """A wrong configuration: the message says file, key and the mend."""
 
@@ -87,7 +92,7 @@ def to_yaml(config: BaseModel) -> str:
             return {k: redact(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [redact(v) for v in value]
-        return "…redacted…" if isinstance(value, str) and _SECRET.search(key) and key != "added_tokens" else value
+        return "…redacted…" if isinstance(value, str) and is_secret(key) else value
 
     return yaml.safe_dump(
         redact(config.model_dump(mode="json", by_alias=True)), sort_keys=False, allow_unicode=True, width=120

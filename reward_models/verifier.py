@@ -157,11 +157,15 @@ class _Worker:
     """The parent's end of one worker process."""
 
     def __init__(self, memory_mb: int) -> None:
+        from agrpo.yaml_input import is_secret  # the worker itself has no need of it
+
         # The worker's end of the leash raises SIGIO when this end closes, which the kernel does however we die.
         # PR_SET_PDEATHSIG fires when the starting *thread* ends, and a busy worker would not see the end of its stdin.
         leash, self._leash = os.pipe()
         # Numerical libraries reserve memory for each thread; a fixed hash seed makes sympy's set order repeatable.
-        environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONHASHSEED="0")
+        # What a verifier does with model text is none of the keys' business: they stay here.
+        inherited = {name: value for name, value in os.environ.items() if not is_secret(name)}
+        environment = dict(inherited, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONHASHSEED="0")
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         try:
             self._process = subprocess.Popen(

@@ -12,7 +12,7 @@ import yaml
 from stage_runs import ROOT, environment, launch
 
 from agrpo.config import RewardSpec, load_config
-from agrpo.yaml_input import to_yaml
+from agrpo.yaml_input import ConfigError, to_yaml
 from reward_models import rules
 
 QUICKSTART = ROOT / "configs" / "quickstart"
@@ -31,7 +31,7 @@ WRONG = {
         "agrpo",
         ["sampling.num_generations=1"],
         1,
-        ["sampling.num_generations", "or equal to 2"],
+        ["sampling.num_generations: 1", "advantage.kind weighted", "at least 2"],
     ),
     "processes without prompts": (
         *("agrpo", ["sampling.prompts_per_step=3"], 4),
@@ -69,6 +69,114 @@ WRONG = {
     ),
     "index out of the list": ("agrpo", ["rewards.3.weight=1"], 1, ["rewards.3.weight", "a list of 1"]),
 }
+
+
+# Settings that are right by themselves and wrong together: (stage, overrides, what the message must say)
+CLASHES = {
+    "pruning of tokens": ("agrpo", ["method=ppo", "pruning.rate=0.5"], ["pruning.rate: ", "gae has an advantage"]),
+    "pruning of returns": ("agrpo", ["method=reinforce_pp", "pruning.rate=0.5"], ["pruning.rate: ", "reinforce_pp"]),
+    "penalty beside group advantages": (
+        *("agrpo", ["method=grpo", "objective.kl_in=reward"]),
+        ["objective.kl_in: ", "advantage.kind gae or reinforce_pp, not group"],
+    ),
+    "penalty of another divergence": (
+        *("agrpo", ["method=ppo", "objective.kl=forward"]),
+        ["objective.kl_in: ", "set kl to reverse"],
+    ),
+    "group of one": (
+        *("agrpo", ["method=rloo", "sampling.num_generations=1"]),
+        ["sampling.num_generations: 1", "rloo", "at least 2"],
+    ),
+    "pilot above the group": (
+        *("agrpo", ["grouping.kind=adaptive", "grouping.least=9"]),
+        ["grouping: ", "least ≤ sampling.num_generations ≤ most", "9, 8 and 32"],
+    ),
+    "largest group below the mean": (
+        *("agrpo", ["grouping.kind=adaptive", "grouping.most=7"]),
+        ["grouping: ", "least ≤ sampling.num_generations ≤ most", "2, 8 and 7"],
+    ),
+    "rounds for groups of one": (
+        *("agrpo", ["method=ppo", "sampling.num_generations=1", "grouping.kind=dynamic"]),
+        ["grouping.kind: ", "at least 2 generations"],
+    ),
+    "refill of a batch": (
+        *("agrpo", ["method=cppo", "pruning.scope=batch"]),
+        ["pruning.refill: ", "set pruning.scope to group"],
+    ),
+    "refill of rounds": (
+        "agrpo",
+        ["method=cppo", "grouping.kind=dynamic"],
+        ["grouping.kind: ", "pruning.refill to false"],
+    ),
+    "refill of adaptive groups": (
+        *("agrpo", ["method=cppo", "grouping.kind=adaptive"]),
+        ["grouping.kind: ", "pruning.refill to false"],
+    ),
+    "entropy weight outside its bounds": (
+        *("agrpo", ["controllers.entropy.kind=adaptive"]),
+        ["objective.entropy_coef: 0.0 is outside controllers.entropy.bounds [1e-05, 0.1]"],
+    ),
+    "ranked data without data": (
+        *("agrpo", ["objective.group_loss.ranked={ratio: 0.5}"]),
+        ["objective.group_loss.ranked.data: is required"],
+    ),
+    "smoothing of soft labels": (
+        *("reward", ["objective.labels=soft", "objective.label_smoothing=0.1"]),
+        ["label_smoothing: ", "labels: soft", "set it to 0"],
+    ),
+    "smoothing of ipo": (
+        *("reward", ["method=ipo", "objective.label_smoothing=0.1"]),
+        ["label_smoothing: ", "loss: ipo", "set it to 0"],
+    ),
+    "robust against nothing": (
+        *("reward", ["method=robust_dpo", "objective.label_smoothing=0"]),
+        ["loss: robust needs label_smoothing"],
+    ),
+    "soft labels of ipo": (
+        "reward",
+        ["method=ipo", "objective.labels=soft"],
+        ["labels: soft", "loss: logistic", "not ipo"],
+    ),
+    "ipo of a score head": ("reward", ["objective.loss=ipo"], ["objective.loss: ipo", "kind: implicit"]),
+    "centring of an implicit reward": ("reward", ["method=dpo", "centring=0.1"], ["centring: ", "use 0"]),
+    "noisy log-ratios": (
+        "reward",
+        ["method=dpo", "model.lora={dropout: 0.1}"],
+        ["model.lora.dropout: ", "set it to 0"],
+    ),
+    "a method of the other stage": ("reward", ["method=grpo"], ["method: ", "'robust_dpo'", "'grpo'"]),
+}
+
+
+@pytest.mark.parametrize(("stage", "overrides", "says"), CLASHES.values(), ids=CLASHES)
+def test_settings_that_clash_are_refused_by_key(stage, overrides, says):
+    with pytest.raises(ConfigError) as refused:
+        load_config(stage, None, [MODEL, *overrides])
+    for words in says:
+        assert words in str(refused.value)
+
+
+@pytest.mark.xfail(strict=True, reason="not checked: the run fails at the first step, without a reference")
+def test_ranked_data_without_a_group_loss_is_refused():
+    ranked = "objective.group_loss.ranked={data: {source: 'python:agrpo.data.tasks.chains:preference_groups'}}"
+    with pytest.raises(ConfigError, match=r"objective.group_loss.ranked: .*controllers.lambda"):
+        load_config("agrpo", None, [MODEL, "method=dr_grpo", ranked])
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("agrpo", ["method=ppo", "sampling.num_generations=1"]),
+        ("agrpo", ["method=reinforce_pp", "sampling.num_generations=1", "objective.kl=none", "objective.kl_in=loss"]),
+        ("agrpo", ["method=dapo", "pruning.rate=0.5", "pruning.scope=batch"]),
+        ("agrpo", ["grouping.kind=adaptive", "grouping.least=8", "grouping.most=8"]),
+        ("reward", ["method=robust_dpo", "kind=head"]),
+        ("reward", ["method=dpo", "objective.label_smoothing=0", "objective.labels=soft"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_settings_next_to_those_are_not_refused(stage, overrides):
+    assert load_config(stage, None, [MODEL, *overrides])
 
 
 @pytest.mark.parametrize(("stage", "arguments", "nproc", "says"), WRONG.values(), ids=WRONG)
@@ -126,10 +234,12 @@ def test_shipped_configurations_are_valid_once_the_stages_before_them_have_run(f
 
 def test_secrets_are_not_printed():
     config = load_config(
-        "agrpo", None, [MODEL, "rewards.0.api_key=xyz", "rewards.0.auth_token=xyz", "rewards.0.depth=3"]
+        "agrpo",
+        None,
+        [MODEL, "rewards.0.api_key=xyz", "rewards.0.auth_token=xyz", "rewards.0.depth=3", "rewards.0.token_env=WHERE"],
     )
     printed = to_yaml(config)
-    assert "xyz" not in printed and "depth: 3" in printed
+    assert "xyz" not in printed and "depth: 3" in printed and "token_env: WHERE" in printed
 
 
 def test_a_method_lies_under_what_the_user_wrote():
@@ -145,6 +255,14 @@ def test_a_method_lies_under_what_the_user_wrote():
     mine = load_config("agrpo", None, [MODEL, "method=grpo", "objective.kl=reverse", "controllers.lambda.value=0.5"])
     assert mine.objective.kl == "reverse" and mine.controllers.lambda_.value == 0.5
     assert mine.objective.aggregation == "sequence" and mine.controllers.lambda_.kind == "fixed"
+
+
+@pytest.mark.xfail(strict=True, reason="the quickstart's own λ wins, and method=dpo is not DPO")
+def test_a_method_on_the_command_line_lies_over_what_the_file_says():
+    dpo = load_config("reward", None, [MODEL, "method=dpo"])
+    assert (dpo.lambda_.kind, dpo.lambda_.value, dpo.kind) == ("fixed", 1.0, "implicit")
+    mine = load_config("reward", None, [MODEL, "lambda.value=0.7", "method=dpo"])
+    assert (mine.lambda_.kind, mine.lambda_.value) == ("fixed", 0.7)
 
 
 def test_a_method_is_only_its_settings(tmp_path):

@@ -44,6 +44,14 @@ def test_workers_persist_and_there_are_no_more_than_asked_for(pool):
     assert len(first) <= 2 and os.getpid() not in first
 
 
+def test_secrets_of_the_environment_do_not_reach_a_worker(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf-sesame")
+    monkeypatch.setenv("PLAIN_SETTING", "seen")
+    with VerifierPool(1) as fresh:
+        values = fresh.map("os:getenv", [("HF_TOKEN", "nothing"), ("PLAIN_SETTING", "nothing")])
+    assert values == ["nothing", "seen"]
+
+
 def test_workers_do_not_import_torch(pool):
     pool.workers = 1
     assert pool.map("reward_models.rules.symbolic:equal", [("x+1", "1+x", False)]) == [True]

@@ -8,9 +8,11 @@ the keys.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -491,6 +493,13 @@ class PolicyConfig(StageConfig):
                 raise ValueError(f"objective.kl_in: reward needs advantage.kind gae or reinforce_pp, not {kind}")
             if self.objective.kl != "reverse":
                 raise ValueError("objective.kl_in: a penalty in the reward is KL(policy‖reference): set kl to reverse")
+        group_loss, lambda_ = self.objective.group_loss, self.controllers.lambda_
+        if group_loss.ranked is not None and lambda_.kind == "fixed" and lambda_.value == 0:
+            raise ValueError(
+                "objective.group_loss.ranked: has no effect without a group loss: set controllers.lambda.value above 0"
+            )
+        if group_loss.confidence == "ensemble" and len(self.rewards) < 2:
+            raise ValueError("objective.group_loss.confidence: ensemble needs two rewards or more that vote")
         if self.pruning.refill and self.pruning.scope == "batch":
             raise ValueError("pruning.refill: counts on what is left of each group: set pruning.scope to group")
         return self
@@ -714,19 +723,26 @@ def load_config(stage: str, path: Path | None = None, overrides: list[str] | tup
             "preferences: has no default: give --config FILE, such as configs/smollm2-135m/preferences.yaml"
         )
     path = path or _CONFIGS / "quickstart" / f"{stage}.yaml"
-    values = read_yaml(path)
+    values = _with_method(stage, read_yaml(path), overrides)
     for override in overrides:
         set_path(values, override)
-    method = values.get("method", "agrpo")
-    presets = {"agrpo": METHODS, "reward": PREFERENCE_METHODS}.get(stage, {})
-    if isinstance(method, str):
-        values = merge(presets.get(method, {}), values)
     values = _in_run(values, _run_root(values))
     try:
         config = STAGES[stage].model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error, STAGES[stage], path)) from None
     return _with_previous_stage(config, path)
+
+
+def _with_method(stage: str, values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The file's values with its method's settings under them; a method of the command line lies over the file."""
+    presets = {"agrpo": METHODS, "reward": PREFERENCE_METHODS}.get(stage, {})
+    named = [override for override in overrides if override.startswith("method=")]
+    for override in named:
+        set_path(values, override)
+    method = values.get("method", "agrpo")
+    settings = copy.deepcopy(presets.get(method, {})) if isinstance(method, str) else {}
+    return merge(values, settings) if named else merge(settings, values)
 
 
 def _run_root(values: dict[str, Any]) -> str:

@@ -154,8 +154,8 @@ def turn_off_dropout(lm: nn.Module) -> None:
             setattr(lm.config, name, 0.0)
 
 
-def make_trainable(lm: PreTrainedModel, config: ModelConfig) -> nn.Module:
-    """What of the model learns: everything, adapters (LoRA), or the last layers and the final norm."""
+def make_trainable(lm: PreTrainedModel, config: ModelConfig, seed: int = 0) -> nn.Module:
+    """What of the model learns: everything, LoRA's adapters (drawn from `seed`), or the last layers and final norm."""
     if config.lora is not None:
         from peft import LoraConfig, get_peft_model
 
@@ -166,7 +166,9 @@ def make_trainable(lm: PreTrainedModel, config: ModelConfig) -> nn.Module:
             target_modules=config.lora.target_modules,
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(lm, options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return get_peft_model(lm, options)
     if config.trainable_layers is not None:
         body = lm.get_decoder()
         if not hasattr(body, "layers") or not hasattr(body, "norm"):

@@ -62,6 +62,20 @@ def run_tiny(stage, run, *overrides, nproc=1):
     return run / stage
 
 
+def run_several(runs, nproc=1, timeout=600):
+    """Tiny stages, each (stage, run, overrides), in one job of `nproc` processes; the job, with stdout and stderr."""
+    listed = json.dumps([(stage, tiny(stage, run, *overrides)) for stage, run, overrides in runs])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"] if nproc > 1 else []
+    return subprocess.run(
+        [sys.executable, *torchrun, str(ROOT / "tests" / "several_runs.py"), listed],
+        cwd=ROOT,
+        env=environment(nproc),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
 def tiny_policy(folder):
     """A tiny untrained policy with the quickstart's tokenizer, as a stage would leave it; its folder."""
     from agrpo.config import ModelConfig, TokenizerConfig

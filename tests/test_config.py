@@ -156,7 +156,6 @@ def test_settings_that_clash_are_refused_by_key(stage, overrides, says):
         assert words in str(refused.value)
 
 
-@pytest.mark.xfail(strict=True, reason="not checked: the run fails at the first step, without a reference")
 def test_ranked_data_without_a_group_loss_is_refused():
     ranked = "objective.group_loss.ranked={data: {source: 'python:agrpo.data.tasks.chains:preference_groups'}}"
     with pytest.raises(ConfigError, match=r"objective.group_loss.ranked: .*controllers.lambda"):
@@ -257,7 +256,6 @@ def test_a_method_lies_under_what_the_user_wrote():
     assert mine.objective.aggregation == "sequence" and mine.controllers.lambda_.kind == "fixed"
 
 
-@pytest.mark.xfail(strict=True, reason="the quickstart's own λ wins, and method=dpo is not DPO")
 def test_a_method_on_the_command_line_lies_over_what_the_file_says():
     dpo = load_config("reward", None, [MODEL, "method=dpo"])
     assert (dpo.lambda_.kind, dpo.lambda_.value, dpo.kind) == ("fixed", 1.0, "implicit")

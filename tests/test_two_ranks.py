@@ -1,7 +1,7 @@
 """Two ranks learn what one rank learns, whatever the micro-batches, in all three stages."""
 
 import pytest
-from stage_runs import LENGTH_REWARD, rows, run_tiny
+from stage_runs import LENGTH_REWARD, rows, run_several, run_tiny, tiny_policy
 
 STAGES = ("sft", "reward", "agrpo")
 COMMON = ["evaluation.data=null", "evaluation.test=null", "training.learning_rate=1e-3", "logging.samples_per_step=99"]
@@ -11,10 +11,28 @@ OWN = {
     "agrpo": [LENGTH_REWARD, "controllers.lambda.value=0.3", "objective.entropy_coef=0.01"],
 }
 EXACT = {"reward", "reward_std", "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std"}
-EXACT |= {"num_tokens", "learning_rate"}
+EXACT |= {"num_tokens", "learning_rate", "agrpo/sampling_rounds", "agrpo/groups_discarded", "agrpo/groups_mixed"}
+EXACT |= {"agrpo/group_size_min", "agrpo/group_size_max"}
+RANKED = "{data: {source: 'python:agrpo.data.tasks.chains:preference_groups', parameters: {count: 32}}, ratio: 0.4}"
+TWO_REWARDS = LENGTH_REWARD[:-1] + ", {target: reward_models.rules.length, name: short, scale: 8, weight: 0.5}]"
+# Methods whose step is not the default's, with what makes the ranks depend on each other.
+METHODS = {
+    "ppo": ["method=ppo", LENGTH_REWARD],
+    "lora": ["method=ppo", LENGTH_REWARD, "model.lora={rank: 4}"],
+    "reinforce_pp": ["method=reinforce_pp", LENGTH_REWARD, "advantage.gamma=0.9"],
+    "dapo": ["method=dapo", LENGTH_REWARD, "sampling.temperature=0.3"],
+    "gdpo": ["method=gdpo", TWO_REWARDS],
+    "cppo": ["method=cppo", LENGTH_REWARD],
+    "adaptive": [
+        *("grouping.kind=adaptive", "grouping.most=8", LENGTH_REWARD, "controllers.lambda.value=0.3"),
+        *(f"objective.group_loss.ranked={RANKED}", "objective.group_loss.ranked.groups_per_step=5"),
+        *("objective.group_loss.labels=soft", "objective.group_loss.pair_weighting=hierarchical"),
+    ],
+}
 CLOSE = {"loss", "grad_norm", "entropy", "accuracy", "kl", "agrpo/kl_symmetric", "agrpo/kl_update", "agrpo/lambda"}
 CLOSE |= {"agrpo/advantage_variance", "agrpo/group_loss", "agrpo/regulariser", "agrpo/uncertainty", "agrpo/beta"}
-CLOSE |= {"agrpo/epsilon", "clip_ratio/region_mean"}
+CLOSE |= {"agrpo/epsilon", "clip_ratio/region_mean", "agrpo/value_loss", "agrpo/policy_loss", "agrpo/label_entropy"}
+CLOSE |= {"agrpo/ranked_loss", "agrpo/ranked_accuracy", "agrpo/ranked_uncertainty"}
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +85,29 @@ def assert_same_samples(directory, expected):
         for row, same in zip(here, [*there[0:4], *there[8:12]], strict=True):
             assert (row["prompt"], row["completion"]) == (same["prompt"], same["completion"])
             assert row["advantage"] == pytest.approx(same["advantage"], rel=1e-4, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Directories of METHODS' runs by one rank, and by two in small micro-batches; one job each."""
+    folder = tmp_path_factory.mktemp("methods")
+    model = f"model.name_or_path={tiny_policy(folder / 'start')}"
+    for nproc, split in ((1, []), (2, ["engine.zero_stage=2", "training.micro_batch_tokens=40"])):
+        runs = [
+            ("agrpo", folder / f"{name}-{nproc}", [*COMMON, model, "training.max_steps=3", *how, *split])
+            for name, how in METHODS.items()
+        ]
+        done = run_several(runs, nproc)
+        assert all((run / "agrpo" / "result.json").exists() for _, run, _ in runs), done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_curve_does_not_depend_on_the_ranks(both, name):
+    alone, two = (both / f"{name}-{nproc}" / "agrpo" for nproc in (1, 2))
+    assert_same_curves(two, alone)
+    completions = {
+        directory: {(row["step"], row["prompt"], row["completion"]) for row in rows(directory / "samples.jsonl")}
+        for directory in (alone, two)
+    }
+    assert completions[two] < completions[alone]  # the first rank's

@@ -55,14 +55,25 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t1", pad_token="t0")
 
 
-def engine_of(lm, zero_stage=0, dtype="float32", with_reference=False, offload="none", checkpointing=False, **training):
-    """A HybridEngine around a language model."""
+def engine_of(
+    lm,
+    zero_stage=0,
+    dtype="float32",
+    with_reference=False,
+    offload="none",
+    checkpointing=False,
+    critic=False,
+    scorer=False,
+    **training,
+):
+    """A HybridEngine around a language model, with a value or a score head where asked for."""
     from agrpo.config import EngineConfig, TrainingConfig
     from agrpo.engine.hybrid import HybridEngine
-    from agrpo.engine.modules import Policy
+    from agrpo.engine.modules import ActorCritic, Policy, Scorer
 
+    policy = (ActorCritic if critic else Policy)(lm)
     return HybridEngine(
-        Policy(lm),
+        Scorer(policy) if scorer else policy,
         engine=EngineConfig(zero_stage=zero_stage, offload=offload, activation_checkpointing=checkpointing),
         training=TrainingConfig(max_steps=1, **training),
         tokenizer=tokenizer(),

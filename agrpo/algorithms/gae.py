@@ -12,7 +12,8 @@ def token_rewards(rewards: Tensor, penalty: Tensor, lengths: Tensor) -> Tensor:
     """The reward of each token: −penalty, and the completion's own reward on its last token.
 
     Args:
-        rewards: (N,); NaN, where no reward function could score, counts as 0: the penalty still falls due.
+        rewards: (N,); NaN where no reward function could score: no reward falls due, and the caller leaves the
+            completion's tokens out of what is learned.
         penalty: (C,), β·(log π_old − log π_ref) for a divergence kept in the reward, or 0.
         lengths: (N,) tokens, each at least 1.
 

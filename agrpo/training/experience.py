@@ -65,7 +65,8 @@ def _credit_tokens(
 ) -> Experience:
     """Advantages of single tokens, normalised over all tokens of all ranks: PPO's, and REINFORCE++'s.
 
-    One forward of the policy that sampled and one of the reference come before the update.
+    One forward of the policy that sampled and one of the reference come before the update. A completion without any
+    score is left out of mean and deviation; its advantages are 0, and the critic is asked for what it says already.
     """
     sequences = Sequences([p.ids for p in rollout.prompts], rollout.group, rollout.lengths, rollout.tokens)
     temperature, advantage = config.sampling.temperature, config.advantage
@@ -87,11 +88,15 @@ def _credit_tokens(
         returns = raw + values
     else:
         raw, returns, values = discounted_sum(due, rollout.lengths, advantage.gamma), due.new_zeros(0), due.new_zeros(0)
+    scored = per_token(~rewards.isnan(), rollout.lengths)
+    returns = torch.where(scored, returns, values) if len(returns) else returns
     raw = raw.double()
-    sums = distributed.sum_over_ranks({"sum": raw.sum(), "square": raw.square().sum(), "count": len(raw)})
-    mean = sums["sum"] / sums["count"]
-    deviation = max(0.0, sums["square"] / sums["count"] - mean**2) ** 0.5
-    normal = ((raw - mean) / (deviation + advantage.delta)).float()
+    own = raw[scored]
+    sums = distributed.sum_over_ranks({"sum": own.sum(), "square": own.square().sum(), "count": len(own)})
+    count = max(1.0, sums["count"])
+    mean = sums["sum"] / count
+    deviation = max(0.0, sums["square"] / count - mean**2) ** 0.5
+    normal = torch.where(scored, (raw - mean) / (deviation + advantage.delta), 0.0).float()
     if not engine.has_reference:
         reference = reference.new_zeros(0)
     return Experience(rollout, scores, rewards, normal, reference=reference, values=values, returns=returns)

@@ -241,12 +241,13 @@ def _learn_ranked(engine: HybridEngine, ranked: RankedBatch, weight: float) -> C
     for i, counts, last in in_step(ranked.parts):
         logp, entropy, *critic = engine.forward(ranked.layouts[i])
         scores = implicit_scores(engine, ranked.layouts[i], logp, ranked.config)
-        loss = weight * ranked.loss(i, scores)
+        own = ranked.loss(i, scores)
+        loss = weight * own
         unused = 0.0 * sum(part.sum() for part in (entropy, *critic))
         engine.backward(loss * counts + unused, last)
         if counts:
             observed = ranked.observe(i, scores)
-            sums.update(ranked_loss=float(loss.detach()) / weight if weight else 0.0, loss=float(loss.detach()))
+            sums.update(ranked_loss=float(own.detach()), loss=float(loss.detach()))
             sums.update({f"ranked_{name}": value for name, value in observed.items()})
     return sums
 

@@ -100,10 +100,10 @@ class code:
             SandboxError: no sandbox started at all.
         """
         names = entry_point or [None] * len(completions)
-        rows = {id(row): read_tests(row, name) for row, name in zip(tests, names, strict=True)}  # once for each group
+        keys = [(id(row), name) for row, name in zip(tests, names, strict=True)]  # a group shares its row's tests
+        read = {key: read_tests(row, key[1]) for key, row in dict(zip(keys, tests, strict=True)).items()}
         jobs = [
-            (program(completion_text(completion)), rows[id(row)])
-            for completion, row in zip(completions, tests, strict=True)
+            (program(completion_text(completion)), read[key]) for completion, key in zip(completions, keys, strict=True)
         ]
         unique = list(dict.fromkeys(job for job in jobs if job[1]))  # a group repeats itself
         scores = dict(zip(unique, self._sandbox.map(self._score, unique), strict=True))
@@ -147,7 +147,7 @@ def program(text: str) -> str:
     """
     text = text[-MAX_CHARACTERS:]
     found, block = None, None
-    for line in text.splitlines():
+    for line in text.split("\n"):
         mark = line.strip()
         if mark.lower() in _FENCES:
             block = []
@@ -184,7 +184,7 @@ def read_tests(tests: Any, entry_point: str | None = None) -> Tests:
 def _read_code(pieces: list[str], entry_point: str | None) -> tuple[Statement, ...]:
     try:
         nodes = [node for piece in pieces for node in ast.parse(piece).body]
-        nodes += _calls_of_check(nodes, entry_point) if entry_point else []
+        nodes = _with_check_called(nodes, entry_point) if entry_point else nodes
     except (SyntaxError, ValueError):  # ValueError: a null character
         return ()
     own = {node.name for node in nodes if isinstance(node, _DEFINITIONS)}
@@ -192,14 +192,15 @@ def _read_code(pieces: list[str], entry_point: str | None) -> tuple[Statement, .
     return statements if any(statement.scored for statement in statements) else ()
 
 
-def _calls_of_check(nodes: list[ast.stmt], entry_point: str) -> list[ast.stmt]:
+def _with_check_called(nodes: list[ast.stmt], entry_point: str) -> list[ast.stmt]:
     """HumanEval's form: `check(candidate)` holds the tests. Where it only asserts, each of these is a test."""
     check = next((node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == "check"), None)
     if check is None:
-        return []
+        return nodes
     if len(check.args.args) == 1 and all(isinstance(node, ast.Assert) for node in check.body):
-        return [*ast.parse(f"{check.args.args[0].arg} = {entry_point}").body, *check.body]
-    return ast.parse(f"check({entry_point})").body
+        named = ast.parse(f"{check.args.args[0].arg} = {entry_point}").body
+        return [*(node for node in nodes if node is not check), *named, *check.body]
+    return [*nodes, *ast.parse(f"check({entry_point})").body]
 
 
 def _statement(node: ast.stmt, own: set[str]) -> Statement:
@@ -209,17 +210,22 @@ def _statement(node: ast.stmt, own: set[str]) -> Statement:
         own: names of functions that the tests define; calling one is a test too.
     """
     if isinstance(node, ast.Assert) and isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], ast.Eq):
-        try:
-            (expected,) = map(_literal, node.test.comparators)
-            return Statement(ast.unparse(node.test.left), expected=(expected,))
-        except (TypeError, ValueError):  # no literal, or a chain of comparisons
-            pass
+        sides = [node.test.left, *node.test.comparators]
+        for value, literal in (sides, sides[::-1]) if len(sides) == 2 else ():
+            try:
+                return Statement(ast.unparse(value), expected=(_literal(literal),))
+            except (TypeError, ValueError):  # no literal
+                pass
     scored = not isinstance(node, (*_DEFINITIONS, ast.Assign)) and any(
-        (isinstance(inner, ast.Assert) and not isinstance(inner.test, ast.Constant))  # assert True
+        (isinstance(inner, ast.Assert) and not _holds_anyway(inner.test))
         or (isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id in own)
         for inner in ast.walk(node)
     )
     return Statement(ast.unparse(node), scored)
+
+
+def _holds_anyway(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and bool(node.value)  # assert True, "…"
 
 
 def _literal(node: ast.expr) -> Any:

@@ -29,7 +29,7 @@ def main(config: SFTConfig) -> None:
     require_batch(len(prompts), training.batch_size, "demonstrations", "training.batch_size")
     lm = load_language_model(config.model, tokenizer, config.seed)
     stop = stop_ids(tokenizer, lm)
-    policy = Policy(make_trainable(lm, config.model))
+    policy = Policy(make_trainable(lm, config.model, config.seed))
     engine = HybridEngine(
         policy, engine=config.engine, training=training, tokenizer=tokenizer, stop=stop, dtype=config.model.dtype
     )

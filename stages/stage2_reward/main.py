@@ -42,7 +42,7 @@ def main(config: RewardConfig) -> None:
     scale = margin_scale(groups)
     lm = load_language_model(config.model, tokenizer, config.seed)
     torch.manual_seed(config.seed)
-    policy = Policy(make_trainable(lm, config.model))
+    policy = Policy(make_trainable(lm, config.model, config.seed))
     engine = HybridEngine(
         Scorer(policy, config.heads) if config.kind == "head" else policy,
         engine=config.engine,

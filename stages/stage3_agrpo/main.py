@@ -41,7 +41,7 @@ def main(config: PolicyConfig) -> None:
     }
     lm = load_language_model(config.model, tokenizer, config.seed)
     stop = stop_ids(tokenizer, lm)
-    policy = (ActorCritic if config.needs_critic else Policy)(make_trainable(lm, config.model))
+    policy = (ActorCritic if config.needs_critic else Policy)(make_trainable(lm, config.model, config.seed))
     engine = HybridEngine(
         policy,
         engine=config.engine,

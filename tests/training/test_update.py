@@ -1,19 +1,23 @@
 """The policy update through a real engine, against the objective written out on plain transformers."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, permutations
+from statistics import NormalDist, fmean, pvariance
 
 import pytest
 import torch
 from tiny import FAMILIES, engine_of, ragged
+from torch.nn.functional import logsigmoid
 
 from agrpo.algorithms.segments import per_token
 from agrpo.config import AdvantageConfig, GroupLossConfig, PolicyConfig, PruningConfig, TrainingConfig
+from agrpo.training.batches import Sequences
 from agrpo.training.experience import estimate_advantages, prune
+from agrpo.training.preference import RankedBatch
 from agrpo.training.schedule import learning_rate
 from agrpo.training.scoring import ranked_groups
 from agrpo.training.update import Coefficients, update_policy
-from agrpo.types import Experience, Prompt, Rollout
+from agrpo.types import Experience, PreferenceGroup, Prompt, Rollout
 
 RATE = 0.02
 TEMPERATURE = 0.8
@@ -51,7 +55,7 @@ def experience(rewards=(1.0, 0.0, 0.25, 1.0, 0.0, 1.0, 0.5, 0.0), slots=(0, 1, 2
     return Experience(rollout, rewards[:, None], rewards, advantages, nothing, nothing, nothing)
 
 
-def update(engine, what, lambda_=0.0, micro=10**6, beta=0.3, entropy_coef=0.0, rate=RATE, **objective):
+def update(engine, what, lambda_=0.0, micro=10**6, beta=0.3, entropy_coef=0.0, rate=RATE, ranked=None, **objective):
     config = PolicyConfig(
         data={"source": "python:agrpo.data.tasks.chains:problems"},
         rewards=[{"target": "reward_models.rules.accuracy"}],
@@ -60,7 +64,7 @@ def update(engine, what, lambda_=0.0, micro=10**6, beta=0.3, entropy_coef=0.0, r
         objective={**GRPO, "epsilon_low": 0.2, "epsilon_high": 0.8, **objective},
     )
     how = Coefficients(beta=beta, epsilon=0.1, lambda_=lambda_, entropy=entropy_coef, reward_scale=0.5)
-    return update_policy(engine, what, how, config, rate)
+    return update_policy(engine, what, how, config, rate, ranked)
 
 
 def of_completions(what):
@@ -146,7 +150,7 @@ def test_with_preferences_alone_the_loss_is_dpos():
         ]
     )
     losses = [
-        -torch.nn.functional.logsigmoid(score[i] - score[j])
+        -logsigmoid(score[i] - score[j])
         for i in range(8)
         for j in range(8)
         if what.rollout.group[i] == what.rollout.group[j] and what.rewards[i] > what.rewards[j]
@@ -181,6 +185,132 @@ def test_what_teaches_nothing_moves_nothing():
     metrics = update(engine, experience((0.5,) * 8), lambda_=0.5)
     assert metrics["loss"] == metrics["grad_norm"] == 0
     assert all(torch.equal(p, before[name]) for name, p in engine.module.named_parameters())
+
+
+def leads_of(what, policy, reference, alpha=1.0):
+    """s_i − s_j and R_i − R_j of every pair of the sampled groups, s by the mean over tokens, on plain transformers."""
+    both = zip(plain_logprobs(policy, what), plain_logprobs(reference, what), strict=True)
+    score = [alpha * (logp - ref.detach()).mean() for (logp, _), (ref, _) in both]
+    pairs = [
+        (i, j)
+        for i in range(8)
+        for j in range(8)
+        if what.rollout.group[i] == what.rollout.group[j] and what.rewards[i] > what.rewards[j]
+    ]
+    return [score[i] - score[j] for i, j in pairs], pairs
+
+
+def test_soft_labels_say_how_likely_a_pair_is_the_wrong_way_round():
+    engine, policy, reference = moved()
+    what = experience()
+    leads, pairs = leads_of(what, policy, reference, alpha=3.0)
+    surer = [1 / (1 + math.exp(-float(what.rewards[i] - what.rewards[j]) / 0.5)) for i, j in pairs]  # τ_R = 0.5
+    losses = [-p * logsigmoid(z) - (1 - p) * logsigmoid(-z) for p, z in zip(surer, leads, strict=True)]
+    metrics = update(engine, what, lambda_=1.0, group_loss=GroupLossConfig(labels="soft", alpha=3.0))
+    assert metrics["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    entropies = [-p * math.log2(p) - (1 - p) * math.log2(1 - p) for p in surer]
+    assert metrics["agrpo/label_entropy"] == pytest.approx(fmean(entropies), rel=1e-5)
+
+
+def test_rewards_that_vote_weigh_a_pair_by_how_far_they_agree():
+    engine, policy, reference = moved()
+    what = experience()
+    scores = torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
+    what = Experience(**{**vars(what), "scores": scores, "rewards": scores.sum(1)})
+    leads, pairs = leads_of(what, policy, reference)
+    votes = scores.tolist()
+
+    def confidence(i, j):
+        z = (fmean(votes[i]) - fmean(votes[j])) / math.sqrt(pvariance(votes[i]) + pvariance(votes[j]))
+        return abs(2 * NormalDist().cdf(z) - 1)
+
+    weights = [confidence(i, j) for i, j in pairs]
+    assert max(weights) > 2 * min(weights)
+    expected = sum(-w * logsigmoid(z) for w, z in zip(weights, leads, strict=True)) / sum(weights)
+    metrics = update(engine, what, lambda_=1.0, group_loss=GroupLossConfig(confidence="ensemble"))
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+# Ranked data: two prompts with completions of these levels and confidences.
+LEVELS, SURE = ((2, 0, 1), (0, 1)), ((1.0, 0.5, 0.8), (0.9, 0.7))
+SHARE = 0.3
+
+
+def ranked_batch(micro=10**6, **group_loss):
+    ids, group, lengths, tokens = ragged(7, prompts=(4, 9), groups=((6, 11, 3), (8, 5)))
+    data = {"data": {"source": "python:agrpo.data.tasks.chains:preference_groups"}, "ratio": SHARE}
+    config = GroupLossConfig(ranked=data, alpha=0.7, **group_loss)
+    groups = [
+        PreferenceGroup("", tuple("abc"[: len(levels)]), levels, sure, None, {})
+        for levels, sure in zip(LEVELS, SURE, strict=True)
+    ]
+    return RankedBatch(Sequences(ids, group, lengths, tokens), groups, config, 1.0, micro), config
+
+
+def ranked_loss(policy, reference):
+    """The ranked data's L_group by transformers: every pair of a group, weighted by the less sure of its two."""
+    ids, group, lengths, tokens = ragged(7, prompts=(4, 9), groups=((6, 11, 3), (8, 5)))
+
+    def logp(lm, p, completion):
+        z = lm(torch.tensor([[*ids[p], *completion.tolist()]])).logits[0, -len(completion) - 1 : -1]
+        return z.log_softmax(-1).gather(1, completion[:, None])[:, 0].mean()
+
+    parts = zip(group.tolist(), tokens.split(lengths.tolist()), strict=True)
+    score = [0.7 * (logp(policy, p, c) - logp(reference, p, c).detach()) for p, c in parts]
+    total = weight = right = 0.0
+    for first, levels, sure in ((0, LEVELS[0], SURE[0]), (3, LEVELS[1], SURE[1])):
+        for i, j in permutations(range(len(levels)), 2):
+            if levels[i] > levels[j]:
+                w, lead = min(sure[i], sure[j]), score[first + i] - score[first + j]
+                total, weight, right = total - w * logsigmoid(lead), weight + w, right + bool(lead > 0)
+    return total / weight, right / 4
+
+
+def test_ranked_data_has_its_share_of_the_group_loss():
+    engine, policy, reference = moved()
+    what = experience()
+    leads, pairs = leads_of(what, policy, reference, alpha=0.7)
+    sure = [math.tanh(float(what.rewards[i] - what.rewards[j])) for i, j in pairs]  # |2σ(ΔR/τ) − 1| at τ = 0.5
+    sampled = sum(-w * logsigmoid(z) for w, z in zip(sure, leads, strict=True)) / sum(sure)
+    from_data, accuracy = ranked_loss(policy, reference)
+    old = [logp.detach() for logp, _ in plain_logprobs(policy, what)]
+    loss = 0.6 * grpo_loss(policy, reference, what, old) + 0.4 * ((1 - SHARE) * sampled + SHARE * from_data)
+    norm = torch.nn.utils.get_total_norm(torch.autograd.grad(loss, list(policy.parameters())))
+    ranked, config = ranked_batch()
+    metrics = update(engine, what, lambda_=0.4, ranked=ranked, group_loss=config)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert metrics["agrpo/group_loss"] == pytest.approx(sampled.item(), rel=1e-5)
+    assert metrics["agrpo/ranked_loss"] == pytest.approx(from_data.item(), rel=1e-5)
+    assert metrics["agrpo/ranked_accuracy"] == accuracy
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "hierarchical"])
+def test_micro_batches_of_ranked_data_do_not_matter(weighting):
+    def parts(micro):
+        ranked, config = ranked_batch(micro, pair_weighting=weighting)
+        assert len(ranked.parts) == (1 if micro > 100 else 2)
+        return update(moved()[0], experience(), micro=micro, ranked=ranked, **{**MIXED, "group_loss": config})
+
+    assert parts(1) == pytest.approx(parts(10**6), rel=1e-5, abs=1e-6)
+
+
+def test_ranked_data_teaches_where_the_samples_are_all_alike():
+    engine, policy, reference = moved()
+    from_data, _ = ranked_loss(policy, reference)
+    ranked, config = ranked_batch()
+    metrics = update(engine, experience((0.5,) * 8), lambda_=1.0, ranked=ranked, group_loss=config)
+    assert metrics["loss"] == pytest.approx(SHARE * from_data.item(), rel=1e-5)
+    assert metrics["grad_norm"] > 0 and "agrpo/group_loss" not in metrics
+
+
+def test_ranked_data_without_weight_is_measured_all_the_same():
+    engine, policy, reference = moved()
+    from_data, accuracy = ranked_loss(policy, reference)
+    ranked, config = ranked_batch()
+    metrics = update(engine, experience(), lambda_=0.0, ranked=ranked, group_loss=config)
+    assert metrics["agrpo/ranked_accuracy"] == accuracy
+    assert metrics["agrpo/ranked_loss"] == pytest.approx(from_data.item(), rel=1e-5)
 
 
 def test_advantages_are_of_the_group_whatever_the_slots():

@@ -1,13 +1,18 @@
 """Ensembles and implicit rewards, against plain transformers on one text at a time."""
 
+import contextlib
 import copy
 import json
 import math
+import re
 import statistics
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from stage_runs import run_several, tiny_policy
+from stage_runs import ROOT, environment, run_several, tiny_policy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from agrpo.config import load_config
@@ -103,8 +108,30 @@ def test_two_tokenizers_make_no_implicit_reward(models, tmp_path):
         implicit.build(str(models / "policy"), str(tmp_path))
 
 
-def test_the_same_stage_3_runs_on_any_reward_by_its_rewards_alone(models, tmp_path):
-    """Rule, learned head, heads, implicit, and all of them together with a gate and a running scale."""
+@contextlib.contextmanager
+def served(folder, entry, monkeypatch):
+    """The URL of a real server of one reward; the clients' processes inherit its token."""
+    monkeypatch.setenv("AGRPO_REWARD_TOKEN", "a-secret-of-this-test-0123456789")
+    (folder / "rewards.yaml").write_text(f"rewards: [{entry}]")
+    log = folder / "server.txt"
+    arguments = ["serve-reward", "--config", str(folder / "rewards.yaml"), "--port", "0"]
+    with log.open("w") as stderr:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "agrpo.cli", *arguments], cwd=ROOT, env=environment(), stderr=stderr
+        )
+    try:
+        until = time.monotonic() + 60
+        while not (found := re.search(r"serving at (http://[\d.]+:\d+)", log.read_text())):
+            assert server.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        yield found[1]
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def test_the_same_stage_3_runs_on_any_reward_by_its_rewards_alone(models, tmp_path, monkeypatch):
+    """Rule, learned head, heads, implicit, remote, and all of them together with a gate and a running scale."""
     few = ["training.max_steps=2", f"model.name_or_path={models / 'reference'}"]
     of_stage_2 = {"head": [], "heads": ["heads=3"], "implicit": ["method=dpo"]}
     trained = {name: tmp_path / name / "reward" / "model" for name in of_stage_2}
@@ -113,12 +140,25 @@ def test_the_same_stage_3_runs_on_any_reward_by_its_rewards_alone(models, tmp_pa
     heads = f"{{target: reward_models.ensemble, models: [{trained['heads']}], kappa: 0.5}}"
     implied = f"{{target: reward_models.implicit, model: {trained['implicit']}, reference: {models / 'reference'}"
     gated = f"{learned}, gate: {{reward: length, at_least: -0.9}}}}"
+    with served(tmp_path, rule, monkeypatch) as url:
+        remote = f"{{target: reward_models.remote, url: '{url}'}}"
+        run_and_check(tmp_path, few, of_stage_2, rule, learned, heads, implied, gated, remote)
+    curves = {name: _lines(tmp_path / name / "agrpo" / "metrics.jsonl") for name in ("rule", "remote")}
+    assert [row["reward"] for row in curves["rule"]] == [row["reward"] for row in curves["remote"]]
+
+
+def _lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def run_and_check(tmp_path, few, of_stage_2, rule, learned, heads, implied, gated, remote):
     of_stage_3 = {
         "rule": rule,
+        "remote": remote,
         "learned": f"{learned}}}",
         "ensemble": heads,
         "implied": f"{implied}}}",
-        "all": ", ".join((rule, heads, f"{implied}, normalise: true}}", gated)),
+        "all": ", ".join((rule, remote, heads, f"{implied}, normalise: true}}", gated)),
     }
     runs = [("reward", tmp_path / name, [*few, *more]) for name, more in of_stage_2.items()]
     runs += [
@@ -131,7 +171,7 @@ def test_the_same_stage_3_runs_on_any_reward_by_its_rewards_alone(models, tmp_pa
         directory = tmp_path / name / "agrpo"
         assert (directory / "result.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
         labels = [spec.label for spec in load_config("agrpo", directory / "config.yaml").rewards]
-        last = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+        last = _lines(directory / "metrics.jsonl")[-1]
         assert all(math.isfinite(last[f"rewards/{label}/mean"]) for label in labels)
         assert last["reward_std"] > 0 and last["grad_norm"] > 0
         assert ("rewards/ensemble/uncertainty" in last) == ("ensemble" in rewards)

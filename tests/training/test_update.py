@@ -58,7 +58,7 @@ def experience(rewards=(1.0, 0.0, 0.25, 1.0, 0.0, 1.0, 0.5, 0.0), slots=(0, 1, 2
 def update(engine, what, lambda_=0.0, micro=10**6, beta=0.3, entropy_coef=0.0, rate=RATE, ranked=None, **objective):
     config = PolicyConfig(
         data={"source": "python:agrpo.data.tasks.chains:problems"},
-        rewards=[{"target": "reward_models.rules.accuracy"}],
+        rewards=[{"target": "reward_models.rules.accuracy"}, {"target": "reward_models.rules.format"}],
         training={"max_steps": 1, "micro_batch_tokens": micro},
         sampling={"temperature": TEMPERATURE},
         objective={**GRPO, "epsilon_low": 0.2, "epsilon_high": 0.8, **objective},

@@ -33,8 +33,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=f"no sandbox here: {why_unavailable()}")
 
 
+ELSEWHERE: set[int] = set()  # workers that other tests of this process keep
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_of_others():
+    ELSEWHERE.update(first_processes())
+
+
 @pytest.fixture(scope="module")
-def furnished():
+def furnished(nothing_of_others):
     with Room(Limits(deadline_s=3.0, memory_bytes=256 << 20)) as room:
         yield room
 
@@ -71,7 +79,8 @@ def processes() -> dict[int, tuple[int, int]]:
 def first_processes(trainer: int | None = None) -> set[int]:
     """The sandboxes' first processes of this trainer, or another. What they fork is in the session that each leads."""
     parent = trainer or os.getpid()
-    return {pid for pid, (its_parent, session) in processes().items() if its_parent == parent and session == pid}
+    leaders = {pid for pid, (its_parent, session) in processes().items() if its_parent == parent and session == pid}
+    return leaders - ELSEWHERE
 
 
 def living_with(leaders: set[int]) -> set[int]:

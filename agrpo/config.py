@@ -113,7 +113,9 @@ class SamplingConfig(Section):
     max_prompt_length: Count = 512
     max_completion_length: Count = 512
     temperature: Positive = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0 keeps every token
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class StepSamplingConfig(SamplingConfig):

@@ -1,13 +1,20 @@
 """The native sampler against transformers' generate, and its random streams."""
 
-import collections
-
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import FALLBACKS, FAMILIES, ragged, tokenizer
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from agrpo.engine.backends.native import NativeBackend, Sampling
-from agrpo.engine.backends.sampling import draw, uniforms
+from agrpo.engine.backends.sampling import keep_likely, uniforms
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy
 from agrpo.types import Prompt
@@ -71,21 +78,75 @@ def test_sampled_logprobs_are_those_of_the_training_forward(family):
     assert (rollout.lengths[~rollout.finished] == 20).all()
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.6])
-def test_draws_follow_the_distribution(top_p):
-    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, -9.0]])
-    temperature = 1.3
-    p = (logits[0] / temperature).softmax(0)
-    if top_p < 1:
-        p = torch.where(p >= p.sort(descending=True).values[1], p, 0)  # 0.53 + 0.25 is the first sum over 0.6
-        p = p / p.sum()
-    n = 20_000
-    token, logp = draw(logits.expand(n, -1), uniforms((0, 0), [(0, 0)], n)[0], temperature, top_p)
-    seen = collections.Counter(token.tolist())
-    chi_square = sum((seen[i] - n * q) ** 2 / (n * q) for i, q in enumerate(p.tolist()) if q > 0)
-    assert chi_square < 20  # 4 degrees of freedom: p < 0.001 beyond 18.5
-    assert all(seen[i] == 0 for i, q in enumerate(p.tolist()) if q == 0)
-    torch.testing.assert_close(logp, (logits[0] / temperature).log_softmax(0)[token])
+FILTERS = [
+    {},
+    {"top_k": 3},
+    {"top_p": 0.6},
+    {"min_p": 0.2},
+    {"top_k": 40, "top_p": 0.7},
+    {"top_k": 12, "top_p": 0.95, "min_p": 0.1},
+    {"top_k": 1},
+    {"top_k": 500, "top_p": 1e-6},
+]
+
+
+def warped(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """The distribution that transformers' own generate samples from, in its order."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    return warpers(None, logits).softmax(-1)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_filters_are_those_of_transformers(filters):
+    logits = torch.randn(200, 97, generator=torch.Generator().manual_seed(4)) * 3
+    for temperature in (0.7, 1.3):
+        p = keep_likely((logits / temperature).softmax(1), **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters})
+        torch.testing.assert_close(p / p.sum(1, keepdim=True), warped(logits, temperature, **filters))
+
+
+@given(
+    st.lists(st.integers(-4, 4), min_size=1, max_size=30),
+    st.integers(0, 40),
+    st.sampled_from([1e-9, 0.1, 0.5, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.05, 0.5, 0.99]),
+)
+def test_filters_keep_the_likeliest_and_ties_together(logits, top_k, top_p, min_p):
+    z = torch.tensor([logits], dtype=torch.float64)
+    kept = keep_likely(z.softmax(1), top_k, top_p, min_p)[0] > 0
+    assert kept[z[0] == z.max()].all()
+    least = z[0][kept].min()
+    assert torch.equal(kept, z[0] >= least)
+
+
+def follows(tokens, p):
+    """Pearson's chi-square test of token counts at the level 0.001; tokens expected less than 5 times count as one."""
+    seen, expected = torch.bincount(tokens, minlength=len(p)), p.double() * len(tokens)
+    rare = expected < 5
+    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    if expected[-1] == 0:
+        assert seen[-1] == 0
+        seen, expected = seen[:-1], expected[:-1]
+    if len(expected) == 1:
+        return True
+    chi_square = ((seen - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2), chi_square / 2) > 1e-3
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_a_models_samples_follow_its_filtered_distribution(filters):
+    policy, backend = sampler("qwen2-tied", stop=(), max_sequences=10_000)
+    temperature, n, ids = 1.3, 20_000, [5, 2, 71]
+    rollout = backend.generate(prompts_of([ids]), [n], Sampling(1, temperature, **filters), (0, 0))
+    plain = FAMILIES["qwen2-tied"]().eval()
+    plain.load_state_dict(policy.lm.state_dict())
+    logits = plain(torch.tensor([ids])).logits[:, -1].detach()
+    p = warped(logits, temperature, **filters)[0]
+    assert follows(rollout.tokens, p)
+    torch.testing.assert_close(rollout.logp, (logits[0] / temperature).log_softmax(0)[rollout.tokens])
 
 
 def test_streams_are_distinct_and_reproducible():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from agrpo.config import SamplingConfig
 from agrpo.engine.attention import FlatAttention
 from agrpo.engine.backends.sampling import draw, uniforms
 from agrpo.engine.layout import build_layout
@@ -20,12 +21,24 @@ _COMPACT_AT = 0.75  # finished rows are dropped when fewer than this share of th
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `greedy` takes the most likely token and ignores temperature and top_p."""
+    """How to sample. `greedy` takes the most likely token: temperature and filters then change nothing."""
 
     max_completion_length: int
     temperature: float = 1.0
+    top_k: int = 0  # 0 keeps all
     top_p: float = 1.0
+    min_p: float = 0.0
     greedy: bool = False
+
+    @classmethod
+    def of(cls, config: SamplingConfig) -> Sampling:
+        return cls(
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+        )
 
 
 class NativeBackend:
@@ -102,7 +115,12 @@ class NativeBackend:
         live = torch.arange(rows, device=device)  # the row that each line of the batch belongs to
         for t in range(limit):
             token, token_logp = draw(
-                logits, None if random is None else random[live, t], sampling.temperature, sampling.top_p
+                logits,
+                None if random is None else random[live, t],
+                sampling.temperature,
+                sampling.top_k,
+                sampling.top_p,
+                sampling.min_p,
             )
             tokens[live, t], logp[live, t] = token, token_logp
             ended = torch.isin(token, stop) & ~done[live]

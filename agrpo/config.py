@@ -24,6 +24,7 @@ from agrpo.yaml_input import ConfigError, explain, merge, read_yaml, set_path, t
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -113,7 +114,10 @@ class SamplingConfig(Section):
     max_prompt_length: Count = 512
     max_completion_length: Count = 512
     temperature: Positive = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0 keeps every token
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    stop: list[NonEmpty] = []  # strings that end a completion
 
 
 class StepSamplingConfig(SamplingConfig):
@@ -346,6 +350,7 @@ class EvaluationConfig(HeldOutConfig):
     samples: Count = 8  # completions a prompt for pass@1 and pass@k
     temperature: Positive = 1.0
     max_completion_length: Count = 512
+    stop: list[NonEmpty] = []
     rewards: list[RewardSpec] = []  # a completion passes when their weighted sum reaches pass_at
     pass_at: float = 1.0
 

@@ -7,11 +7,18 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LogitsProcessorList,
+    MinPLogitsWarper,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 SIZES = dict(
@@ -28,6 +35,8 @@ FAMILIES = {
     "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
     "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
+    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True)),
+    "qwen3-untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=False)),
 }
 FALLBACKS = {
     "gpt2": lambda: GPT2LMHeadModel(
@@ -48,11 +57,35 @@ def ragged(seed, prompts=(5, 23, 1), groups=((7, 1, 30), (4,), (12, 12, 3, 9))):
     return ids, group, lengths, torch.randint(0, 97, (int(lengths.sum()),), generator=generator)
 
 
-def tokenizer():
+def tokenizer(pad="t0"):
     """One token for each of t0 … t96; t1 ends a text."""
     backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(97)}, unk_token="t0"))
     backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t1", pad_token="t0")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t1", pad_token=pad)
+
+
+def warped(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """The distribution that transformers' own generate samples from, in its order."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    return warpers(None, logits).softmax(-1)
+
+
+def follows(tokens, p):
+    """Pearson's chi-square test of token counts at the level 0.001; tokens expected less than 5 times count as one."""
+    seen, expected = torch.bincount(tokens, minlength=len(p)), p.double() * len(tokens)
+    rare = expected < 5
+    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    if expected[-1] == 0:
+        assert seen[-1] == 0
+        seen, expected = seen[:-1], expected[:-1]
+    if len(expected) == 1:
+        return True
+    chi_square = ((seen - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2), chi_square / 2) > 1e-3
 
 
 def engine_of(
@@ -64,20 +97,24 @@ def engine_of(
     checkpointing=False,
     critic=False,
     scorer=False,
+    flat=True,
+    max_sequences=256,
+    pad="t0",
     **training,
 ):
     """A HybridEngine around a language model, with a value or a score head where asked for."""
-    from agrpo.config import EngineConfig, TrainingConfig
+    from agrpo.config import EngineConfig, RolloutConfig, TrainingConfig
     from agrpo.engine.hybrid import HybridEngine
     from agrpo.engine.modules import ActorCritic, Policy, Scorer
 
-    policy = (ActorCritic if critic else Policy)(lm)
+    policy = (ActorCritic if critic else Policy)(lm, flat)
     return HybridEngine(
         Scorer(policy) if scorer else policy,
         engine=EngineConfig(zero_stage=zero_stage, offload=offload, activation_checkpointing=checkpointing),
         training=TrainingConfig(max_steps=1, **training),
-        tokenizer=tokenizer(),
+        tokenizer=tokenizer(pad),
         stop=[1],
+        rollout=RolloutConfig(max_sequences=max_sequences),
         dtype=dtype,
         with_reference=with_reference,
     )

@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from agrpo.engine.layout import Block, Layout
 
 NAME = "agrpo"
-FAMILIES = ("llama", "qwen2")
+FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 class Attend(Protocol):

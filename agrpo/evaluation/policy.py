@@ -79,8 +79,9 @@ def evaluate_policy(
     """
     own = prompts[distributed.rank() :: distributed.world()]
     key = (seed, _FIRST_STREAM)
-    greedy = engine.generate(own, [1] * len(own), Sampling(config.max_completion_length, greedy=True), key)
-    sampling = Sampling(config.max_completion_length, config.temperature)
+    limit, stop = config.max_completion_length, tuple(config.stop)
+    greedy = engine.generate(own, [1] * len(own), Sampling(limit, stop=stop, greedy=True), key)
+    sampling = Sampling(limit, config.temperature, stop=stop)
     sampled = engine.generate(own, [config.samples] * len(own), sampling, key)
     greedy_passes = _passes(greedy, rewards, config.pass_at)
     passes = _passes(sampled, rewards, config.pass_at).view(len(own), config.samples)

@@ -41,7 +41,7 @@ class Sampler:
     ) -> None:
         self.config, self.prompts, self.stream, self.rewards = config, prompts, stream, rewards
         sampling = config.sampling
-        self._how = Sampling(sampling.max_completion_length, sampling.temperature, sampling.top_p)
+        self._how = Sampling.of(sampling)
         kinds = {"fixed": self._fixed, "adaptive": self._adaptive, "dynamic": self._dynamic}
         self._collect = kinds[config.grouping.kind]
 

@@ -34,7 +34,7 @@ def main(config: PreferencesConfig) -> None:
         max_sequences=config.rollout.max_sequences,
     )
     sampling = config.sampling
-    how = Sampling(sampling.max_completion_length, sampling.temperature, sampling.top_p)
+    how = Sampling.of(sampling)
     own = prompts[distributed.rank() :: distributed.world()]
     rollout = backend.generate(own, [sampling.num_generations] * len(own), how, (config.seed, 0))
     scores = score(rewards, rollout)

@@ -1,13 +1,18 @@
 """The native sampler against transformers' generate, and its random streams."""
 
-import collections
+import dataclasses
 
 import pytest
 import torch
-from tiny import FALLBACKS, FAMILIES, ragged, tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FALLBACKS, FAMILIES, ragged, tokenizer, warped
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from agrpo.engine.backends.native import NativeBackend, Sampling
-from agrpo.engine.backends.sampling import draw, uniforms
+from agrpo.engine.backends.sampling import keep_likely, uniforms
+from agrpo.engine.backends.stopping import StopStrings
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy
 from agrpo.types import Prompt
@@ -42,24 +47,28 @@ def test_greedy_equals_transformers_generate_token_by_token(family):
         assert completion.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("family", ["llama-untied", "qwen2-tied", "gpt2"])
+@pytest.mark.parametrize("family", ["llama-untied", "qwen2-tied", "qwen3-tied", "gpt2", "mistral-window"])
 def test_a_completion_depends_only_on_its_own_key_and_prompt(family):
     _, backend = sampler(family, stop=range(1, 12))  # many stop tokens: rows finish at different times
     ids = ragged(5, prompts=(3, 17, 1, 30), groups=((1,),))[0]
-    together = backend.generate(prompts_of(ids), [6] * 4, Sampling(30, temperature=3.0), (7, 3))
+    # Under this key no uniform number falls within rounding (1e-7) of a boundary between two tokens; (7, 3) has one.
+    together = backend.generate(prompts_of(ids), [6] * 4, Sampling(30, temperature=3.0), (7, 5))
     texts = together.tokens.split(together.lengths.tolist())
     assert len({tuple(t.tolist()) for t in texts}) > 12
-    alone = backend.generate(prompts_of(ids)[2:3], [6], Sampling(30, temperature=3.0), (7, 3))
+    alone = backend.generate(prompts_of(ids)[2:3], [6], Sampling(30, temperature=3.0), (7, 5))
     for one, other in zip(alone.tokens.split(alone.lengths.tolist()), texts[12:18], strict=True):
         assert one.tolist() == other.tolist()
-    backend.max_sequences = 5  # other batches, groups torn apart
-    torn = backend.generate(prompts_of(ids), [6] * 4, Sampling(30, temperature=3.0), (7, 3))
-    assert torn.tokens.tolist() == together.tokens.tolist()
+    for backend.max_sequences in (1, 3, 5, 1000):  # other batches, groups torn apart, lines refilled at other times
+        torn = backend.generate(prompts_of(ids), [6] * 4, Sampling(30, temperature=3.0), (7, 5))
+        assert torn.tokens.tolist() == together.tokens.tolist()
+        assert torn.texts == together.texts
+        assert torn.finished.tolist() == together.finished.tolist()
+        assert (torn.logp - together.logp).abs().max() < 1e-5
     another = backend.generate(prompts_of(ids), [6] * 4, Sampling(30, temperature=3.0), (7, 4))
     assert another.tokens.tolist() != together.tokens.tolist()
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "qwen2-untied", "gpt2"])
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2-untied", "qwen3-tied", "gpt2"])
 def test_sampled_logprobs_are_those_of_the_training_forward(family):
     policy, backend = sampler(family, stop=range(1, 12))
     ids = ragged(6, prompts=(3, 17, 1), groups=((1,),))[0]
@@ -71,21 +80,104 @@ def test_sampled_logprobs_are_those_of_the_training_forward(family):
     assert (rollout.lengths[~rollout.finished] == 20).all()
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.6])
-def test_draws_follow_the_distribution(top_p):
-    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, -9.0]])
-    temperature = 1.3
-    p = (logits[0] / temperature).softmax(0)
-    if top_p < 1:
-        p = torch.where(p >= p.sort(descending=True).values[1], p, 0)  # 0.53 + 0.25 is the first sum over 0.6
-        p = p / p.sum()
-    n = 20_000
-    token, logp = draw(logits.expand(n, -1), uniforms((0, 0), [(0, 0)], n)[0], temperature, top_p)
-    seen = collections.Counter(token.tolist())
-    chi_square = sum((seen[i] - n * q) ** 2 / (n * q) for i, q in enumerate(p.tolist()) if q > 0)
-    assert chi_square < 20  # 4 degrees of freedom: p < 0.001 beyond 18.5
-    assert all(seen[i] == 0 for i, q in enumerate(p.tolist()) if q == 0)
-    torch.testing.assert_close(logp, (logits[0] / temperature).log_softmax(0)[token])
+FILTERS = [
+    {},
+    {"top_k": 3},
+    {"top_p": 0.6},
+    {"min_p": 0.2},
+    {"top_k": 40, "top_p": 0.7},
+    {"top_k": 12, "top_p": 0.95, "min_p": 0.1},
+    {"top_k": 1},
+    {"top_k": 500, "top_p": 1e-6},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_filters_are_those_of_transformers(filters):
+    logits = torch.randn(200, 97, generator=torch.Generator().manual_seed(4)) * 3
+    for temperature in (0.7, 1.3):
+        p = keep_likely((logits / temperature).softmax(1), **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters})
+        torch.testing.assert_close(p / p.sum(1, keepdim=True), warped(logits, temperature, **filters))
+
+
+@given(
+    st.lists(st.integers(-4, 4), min_size=1, max_size=30),
+    st.integers(0, 40),
+    st.sampled_from([1e-9, 0.1, 0.5, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.05, 0.5, 0.99]),
+)
+def test_filters_keep_the_likeliest_and_ties_together(logits, top_k, top_p, min_p):
+    z = torch.tensor([logits], dtype=torch.float64)
+    kept = keep_likely(z.softmax(1), top_k, top_p, min_p)[0] > 0
+    assert kept[z[0] == z.max()].all()
+    least = z[0][kept].min()
+    assert torch.equal(kept, z[0] >= least)
+
+
+def test_waiting_completions_take_the_lines_of_those_that_ended():
+    _, backend = sampler("llama-tied", stop=range(1, 12), max_sequences=4)
+    steps = []
+    step = backend.lm.get_decoder().forward
+    backend.lm.get_decoder().forward = lambda **inputs: steps.append(len(inputs["input_ids"])) or step(**inputs)
+    rollout = backend.generate(prompts_of([[5, 2], [9]]), [20, 20], Sampling(60, temperature=3.0), (0, 0))
+    decoding = steps[1:]
+    assert max(decoding) == 4
+    in_batches = sum(int(lengths.max()) for lengths in rollout.lengths.split(4))
+    assert len(decoding) < 0.75 * in_batches  # one batch after another waits for the longest of each
+    assert len(decoding) >= len(rollout.tokens) / 4
+
+
+@pytest.mark.parametrize("max_sequences", [3, 1000])
+@pytest.mark.parametrize("family", ["llama-untied", "gpt2"])
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(family, max_sequences):
+    _, backend = sampler(family, stop=(), max_sequences=max_sequences)
+    prompts, sampling = prompts_of([[5, 2], [9], [30, 31]]), Sampling(40, temperature=3.0)
+    free = backend.generate(prompts, [8] * 3, sampling, (0, 0))
+    strings = ("t5t1", "7t", "t33")  # parts of tokens and of several
+    cut = backend.generate(prompts, [8] * 3, dataclasses.replace(sampling, stop=strings), (0, 0))
+    lengths = set()
+    for n, (whole, ended) in enumerate(
+        zip(free.tokens.split(free.lengths.tolist()), cut.tokens.split(cut.lengths.tolist()), strict=True)
+    ):
+        texts = [backend.tokenizer.decode(whole[: t + 1], skip_special_tokens=True) for t in range(len(whole))]
+        first = next((t + 1 for t, text in enumerate(texts) if any(s in text for s in strings)), None)
+        assert ended.tolist() == whole[:first].tolist()
+        assert bool(cut.finished[n]) == (first is not None)
+        assert cut.texts[n] == texts[len(ended) - 1]
+        lengths.add(first)
+    assert len(lengths) > 5
+
+
+def byte_tokenizer():
+    """A token for each byte, "##" as one more, and an end token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "##"])}, [("#", "#")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+BYTES = byte_tokenizer()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(alphabet="ab#é語😀 ", min_size=20, max_size=60),
+    st.lists(st.text(alphabet="ab#é語😀 ", min_size=1, max_size=3), min_size=1, max_size=3),
+    st.integers(1, 9),
+)
+def test_stop_strings_are_found_where_the_whole_text_first_has_them(text, strings, every):
+    tokenizer = BYTES
+    tokens = []
+    for place, token in enumerate(tokenizer(text)["input_ids"]):
+        tokens += [token] if place % every else [tokenizer.eos_token_id, token]  # special tokens are no text
+    found = StopStrings(tokenizer, strings, 1)
+    for t, token in enumerate(tokens):
+        so_far = tokenizer.decode(tokens[: t + 1], skip_special_tokens=True)
+        expected = any(string in so_far for string in strings)
+        assert found.ended([0], [token]) == [expected]
+        if expected:
+            break
 
 
 def test_streams_are_distinct_and_reproducible():

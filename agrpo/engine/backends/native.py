@@ -10,22 +10,39 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from agrpo.config import SamplingConfig
 from agrpo.engine.attention import FlatAttention
 from agrpo.engine.backends.sampling import draw, uniforms
+from agrpo.engine.backends.stopping import StopStrings
 from agrpo.engine.layout import build_layout
 from agrpo.types import Prompt, Rollout
 
-_COMPACT_AT = 0.75  # finished rows are dropped when fewer than this share of the rows still live
+_COMPACT_AT = 0.75  # lines that have ended are dropped when fewer than this share of the lines still run
+_REFILL_AT = 0.25  # waiting completions take the lines that have ended once these are this share
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `greedy` takes the most likely token and ignores temperature and top_p."""
+    """How to sample. `greedy` takes the most likely token: temperature and filters then change nothing."""
 
     max_completion_length: int
     temperature: float = 1.0
+    top_k: int = 0  # 0 keeps all
     top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()  # strings that end a completion
     greedy: bool = False
+
+    @classmethod
+    def of(cls, config: SamplingConfig) -> Sampling:
+        return cls(
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            stop=tuple(config.stop),
+        )
 
 
 class NativeBackend:
@@ -69,8 +86,10 @@ class NativeBackend:
             (p.slot, sample) for p, count in zip(prompts, counts, strict=True) for sample in range(first, first + count)
         ]
         random = None if sampling.greedy else uniforms(key, streams, sampling.max_completion_length).to(device)
-        rows = torch.arange(len(group)).split(self.max_sequences)
-        parts = [self._decode(prompts, group[r], None if random is None else random[r], sampling, device) for r in rows]
+        batches = [torch.arange(len(group))] if self.flat else torch.arange(len(group)).split(self.max_sequences)
+        parts = [
+            self._decode(prompts, group[r], None if random is None else random[r], sampling, device) for r in batches
+        ]
         tokens, logp, lengths, finished = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
         texts = self.tokenizer.batch_decode(
             [t.tolist() for t in tokens.split(lengths.tolist())], skip_special_tokens=True
@@ -89,55 +108,103 @@ class NativeBackend:
     def _decode(
         self, prompts: Sequence[Prompt], group: Tensor, random: Tensor | None, sampling: Sampling, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens (C,), log-probabilities (C,), lengths (N,) and finished (N,) of one batch of rows."""
-        rows, limit = len(group), sampling.max_completion_length
-        own, which = group.unique(return_inverse=True)
-        start = _FlatCache.prefill if self.flat else _PlainCache.prefill
-        cache, logits = start(self.lm, [prompts[p].ids for p in own.tolist()], which.to(device), limit, device)
-        stop = self.stop.to(device)
-        tokens = torch.zeros(rows, limit, dtype=torch.long, device=device)
-        logp = torch.zeros(rows, limit, device=device)
-        length = torch.full((rows,), limit, device=device)
-        done = torch.zeros(rows, dtype=torch.bool, device=device)
-        live = torch.arange(rows, device=device)  # the row that each line of the batch belongs to
-        for t in range(limit):
-            token, token_logp = draw(
-                logits, None if random is None else random[live, t], sampling.temperature, sampling.top_p
-            )
-            tokens[live, t], logp[live, t] = token, token_logp
-            ended = torch.isin(token, stop) & ~done[live]
-            length[live[ended]] = t + 1
-            done[live[ended]] = True
-            running = ~done[live]
-            count = int(running.sum())
-            if count == 0 or t == limit - 1:
+        """Tokens (C,), log-probabilities (C,), lengths (N,) and finished (N,) of some completions.
+
+        A line of the batch holds one completion after another: those that wait take the lines of those that ended.
+        """
+        ids = [prompts[p].ids for p in group.tolist()]
+        completions = _Completions(len(ids), random, sampling, self.stop.to(device), self.tokenizer, device)
+        lines = min(len(ids), self.max_sequences)
+        kind = _FlatCache if self.flat else _PlainCache
+        cache = kind(lines, max(map(len, ids), default=0) + sampling.max_completion_length)
+        row = torch.zeros(lines, dtype=torch.long)  # the completion in each line
+        running = torch.zeros(lines, dtype=torch.bool)
+        token = torch.zeros(lines, dtype=torch.long, device=device)  # its last
+        began = 0
+        while True:
+            alive, waiting = int(running.sum()), len(ids) - began
+            if waiting and len(row) - alive >= min(waiting, _REFILL_AT * lines):
+                places = (~running).nonzero()[:waiting, 0]
+                row[places] = torch.arange(began, began + len(places))
+                logits = cache.join(self.lm, ids[began : began + len(places)], places.to(device))
+                token[places.to(device)], running[places] = completions.draw(row[places], logits)
+                began += len(places)
+                continue  # a first token may be the last one
+            if alive == 0:
                 break
-            if count < _COMPACT_AT * len(live):
-                keep = running.nonzero()[:, 0]
-                live, token = live[keep], token[keep]
-                cache.keep(keep)
-            logits = cache.step(self.lm, token)
-        real = torch.arange(limit, device=device) < length[:, None]
-        return tokens[real], logp[real], length, done
+            if not waiting and alive < _COMPACT_AT * len(row):
+                on = running.nonzero()[:, 0]
+                row, token, running = row[on], token[on.to(device)], running[on]
+                cache.keep(on.to(device))
+            logits = cache.step(self.lm, token, running)
+            if alive == len(row):
+                token, running = completions.draw(row, logits)
+            else:
+                on = running.nonzero()[:, 0]
+                token[on.to(device)], running[on] = completions.draw(row[on], logits[on.to(device)])
+        return completions.result()
+
+
+class _Completions:
+    """The tokens of some completions so far, and how to draw the next.
+
+    Lengths are kept on the host, where the loop decides what runs: one wait for the device a step.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        random: Tensor | None,
+        sampling: Sampling,
+        stop: Tensor,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+    ) -> None:
+        self.random, self.sampling, self.stop, self.device = random, sampling, stop, device
+        self.tokens = torch.zeros(rows, sampling.max_completion_length, dtype=torch.long, device=device)
+        self.logp = torch.zeros(rows, sampling.max_completion_length, device=device)
+        self.length = torch.zeros(rows, dtype=torch.long)
+        self.finished = torch.zeros(rows, dtype=torch.bool)
+        self.strings = StopStrings(tokenizer, sampling.stop, rows) if sampling.stop else None
+
+    def draw(self, row: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token of these rows (B,) from their (B, V) logits, and on the host whether they go on."""
+        how, at = self.sampling, self.length[row]
+        place = row.to(self.device), at.to(self.device)
+        uniform = None if self.random is None else self.random[place]
+        token, logp = draw(logits, uniform, how.temperature, how.top_k, how.top_p, how.min_p)
+        self.tokens[place], self.logp[place] = token, logp
+        ended = torch.isin(token, self.stop).cpu()
+        if self.strings is not None:
+            ended |= torch.tensor(self.strings.ended(row.tolist(), token.tolist()))
+        self.length[row], self.finished[row] = at + 1, ended
+        return token, ~ended & (at + 1 < how.max_completion_length)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        real = (torch.arange(self.tokens.shape[1]) < self.length[:, None]).to(self.device)
+        return self.tokens[real], self.logp[real], self.length, self.finished
 
 
 class _FlatCache:
-    """Static keys and values, prompts aligned at their ends, for models routed through `attend`."""
+    """Keys and values of each line from its first column on, for models routed through `attend`.
 
-    def __init__(
-        self, keys: list[Tensor], values: list[Tensor], mask: Tensor | None, positions: Tensor, used: int
-    ) -> None:
-        self.keys, self.values = keys, values  # a layer: (rows, key heads, prompt width + limit, D)
-        self.mask = mask  # (rows, prompt width + limit) 0 or −inf; None where no prompt is padded
-        self.positions, self.used, self.rows = positions, used, len(positions)
+    A line is written where its own completion stands, so a new one can begin in it at any time.
+    """
 
-    @classmethod
-    def prefill(
-        cls, lm: PreTrainedModel, prompts: list[tuple[int, ...]], which: Tensor, limit: int, device: torch.device
-    ) -> tuple[_FlatCache, Tensor]:
-        """Read each prompt once; row r continues prompts[which[r]]. Returns cache and first (rows, V) logits."""
+    def __init__(self, lines: int, columns: int) -> None:
+        self.lines, self.columns = lines, columns
+        self.at = torch.zeros(lines, dtype=torch.long)  # on the host: the column where each line goes on
+        self.mask: Tensor | None = None  # (lines, columns) 0 where seen, else −inf
+        self.keys: list[Tensor] = []  # a layer: (lines, key heads, columns, D)
+        self.values: list[Tensor] = []
+
+    def join(self, lm: PreTrainedModel, ids: list[tuple[int, ...]], places: Tensor) -> Tensor:
+        """Read prompts, each once however often it is asked for, into these lines; returns their (B, V) logits."""
+        device = places.device
+        number = {prompt: n for n, prompt in enumerate(dict.fromkeys(ids))}
+        which = torch.tensor([number[prompt] for prompt in ids], device=device)
         nothing = torch.zeros(0, dtype=torch.long)
-        layout = build_layout(prompts, nothing, nothing, nothing).to(device)
+        layout = build_layout(list(number), nothing, nothing, nothing).to(device)
         attend = FlatAttention(layout, store=True)
         hidden = lm.get_decoder()(
             input_ids=layout.ids[None], position_ids=layout.positions[None], attend=attend, use_cache=False
@@ -145,77 +212,86 @@ class _FlatCache:
         length = layout.prompt_lengths
         end = length.cumsum(0)
         width = int(length.max())
-        column = torch.arange(width, device=device) - (width - length)[:, None]  # (P, width) place in its prompt
-        place = ((end - length)[:, None] + column.clamp(min=0)).flatten()
-        keys, values = [], []
-        for layer in range(len(attend.stored)):
-            for stored, store in zip(attend.stored[layer], (keys, values), strict=True):
-                padded = stored[place].unflatten(0, (len(prompts), width)).transpose(1, 2)  # (P, key heads, width, D)
-                room = padded.new_empty(len(which), padded.shape[1], width + limit, padded.shape[3])
-                room[:, :, :width] = padded[which]
-                store.append(room)
+        column = torch.arange(width, device=device)
+        place = ((end - length)[:, None] + column).clamp(max=len(layout.ids) - 1).flatten()  # behind its end: any
+        for layer, both in enumerate(attend.stored):
+            for stored, store in zip(both, (self.keys, self.values), strict=True):
+                padded = stored[place].unflatten(0, (len(number), width)).transpose(1, 2)  # (P, key heads, width, D)
+                if layer == len(store):
+                    store.append(padded.new_zeros(self.lines, padded.shape[1], self.columns, padded.shape[3]))
+                store[layer][places, :, :width] = padded[which]
             attend.stored[layer] = None
-        mask = None
-        if int(length.min()) < width:
-            mask = torch.zeros(len(which), width + limit, dtype=hidden.dtype, device=device)
-            mask[:, :width].masked_fill_((column < 0)[which], float("-inf"))
-        logits = lm.get_output_embeddings()(hidden[end - 1])[which]
-        return cls(keys, values, mask, length[which], width), logits
+        self.at[places.cpu()] = layout.prompt_lengths.cpu()[which.cpu()]
+        if self.mask is None:
+            self.mask = hidden.new_zeros(self.lines, self.columns)
+        unseen = torch.arange(self.columns, device=device) >= length[which][:, None]
+        self.mask[places] = hidden.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))
+        return lm.get_output_embeddings()(hidden[end - 1])[which]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """query (rows, heads, 1, D), key and value (rows, key heads, 1, D) → (rows, 1, heads, D)."""
-        rows, heads, _, size = query.shape
-        k, v, now = self.keys[layer], self.values[layer], self.used
-        k[:rows, :, now], v[:rows, :, now] = key[:, :, 0], value[:, :, 0]
+        """query (lines, heads, 1, D), key and value (lines, key heads, 1, D) → (lines, 1, heads, D)."""
+        lines, heads, _, size = query.shape
+        k, v = self.keys[layer], self.values[layer]
+        k[self._now], v[self._now] = key[:, :, 0], value[:, :, 0]
         shared = heads // key.shape[1]  # query heads of a key head become query positions: no copy of the keys
-        mask = None if self.mask is None else self.mask[:rows, None, None, : now + 1].expand(-1, 1, shared, -1)
         out = F.scaled_dot_product_attention(
-            query.reshape(rows, -1, shared, size),
-            k[:rows, :, : now + 1],
-            v[:rows, :, : now + 1],
-            attn_mask=mask,
+            query.reshape(lines, -1, shared, size),
+            k[:lines, :, : self._used],
+            v[:lines, :, : self._used],
+            attn_mask=None if self._seen is None else self._seen.expand(-1, 1, shared, -1),
             scale=scale,
         )
-        return out.reshape(rows, 1, heads, size)
+        return out.reshape(lines, 1, heads, size)
 
-    def step(self, lm: PreTrainedModel, token: Tensor) -> Tensor:
-        """Append one (rows,) token and return the next (rows, V) logits."""
+    def step(self, lm: PreTrainedModel, token: Tensor, running: Tensor) -> Tensor:
+        """Append a token (lines,) to each line and return the next (lines, V) logits: any where none is running."""
+        self.at[~running] = 0  # what is written there is never read
+        at, line = self.at.to(token.device), torch.arange(len(self.at), device=token.device)
+        self.mask[line, at] = 0
+        own = self.at[running]
+        self._used = int(own.max()) + 1
+        self._now = (line, slice(None), at)
+        even = bool((own == own[0]).all())
+        self._seen = None if even else self.mask[: len(line), None, None, : self._used]
         hidden = lm.get_decoder()(
-            input_ids=token[:, None], position_ids=self.positions[:, None], attend=self, use_cache=False
+            input_ids=token[:, None], position_ids=at[:, None], attend=self, use_cache=False
         ).last_hidden_state[:, 0]
-        self.positions, self.used = self.positions + 1, self.used + 1
+        self.at += 1
         return lm.get_output_embeddings()(hidden)
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop every row but these, in place."""
-        self.positions = self.positions[rows]
-        if self.mask is not None:
-            self.mask = self.mask[rows]
+    def keep(self, places: Tensor) -> None:
+        """Drop every line but these, in place."""
+        self.at = self.at[places.cpu()]
+        used = int(self.at.max())
+        self.mask = self.mask[places]
         for store in (self.keys, self.values):
             for room in store:
-                room[: len(rows), :, : self.used] = room[rows, :, : self.used]
+                room[: len(places), :, :used] = room[places, :, :used]
 
 
 class _PlainCache:
-    """transformers' own cache and attention, prompts padded on the left: for every other family."""
+    """transformers' own cache and attention, prompts padded on the left: for every other family. Filled once."""
 
-    def __init__(self, cache: DynamicCache, mask: Tensor) -> None:
-        self.cache, self.mask = cache, mask  # (rows, tokens so far) 1 where real
+    def __init__(self, lines: int, columns: int) -> None:
+        self.mask = torch.zeros(lines, 0)  # (lines, tokens so far) 1 where real
 
-    @classmethod
-    def prefill(
-        cls, lm: PreTrainedModel, prompts: list[tuple[int, ...]], which: Tensor, limit: int, device: torch.device
-    ) -> tuple[_PlainCache, Tensor]:
-        width = max(len(ids) for ids in prompts)
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        cache = DynamicCache(config=lm.config)
+    def join(self, lm: PreTrainedModel, ids: list[tuple[int, ...]], places: Tensor) -> Tensor:
+        """Read prompts, each once however often it is asked for; returns their (lines, V) logits."""
+        device = places.device
+        number = {prompt: n for n, prompt in enumerate(dict.fromkeys(ids))}
+        which = torch.tensor([number[prompt] for prompt in ids], device=device)
+        width = max(map(len, number))
+        tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in number], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in number], device=device)
+        self.cache, self.mask = DynamicCache(config=lm.config), mask[which]
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(which)
-        return cls(cache, mask[which]), output.logits[:, -1][which]
+        output = lm(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+        )
+        self.cache.batch_select_indices(which)
+        return output.logits[:, -1][which]
 
-    def step(self, lm: PreTrainedModel, token: Tensor) -> Tensor:
+    def step(self, lm: PreTrainedModel, token: Tensor, running: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         output = lm(
             input_ids=token[:, None],
@@ -226,6 +302,6 @@ class _PlainCache:
         )
         return output.logits[:, -1]
 
-    def keep(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
+    def keep(self, places: Tensor) -> None:
+        self.cache.batch_select_indices(places)
+        self.mask = self.mask[places]

@@ -36,7 +36,7 @@ _COUNTS = ("weight_version", "skipped_steps", "skipped_in_a_row")  # in the chec
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite. The weights are those of the last good step."""
+    """Too many steps in a row had a loss or gradient that is not finite. The weights are the last good step's."""
 
 
 class HybridEngine:

@@ -246,13 +246,13 @@ class HybridEngine:
 
     def save_state(self, directory: str, tag: str) -> None:
         """Weights and optimiser, by DeepSpeed; every rank must call it."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        self._engine.save_checkpoint(directory, tag=tag, client_state=counts, save_latest=False)
+        state = {"agrpo": {name: getattr(self, name) for name in _COUNTS}}  # DeepSpeed has a skipped_steps of its own
+        self._engine.save_checkpoint(directory, tag=tag, client_state=state, save_latest=False)
 
     def load_state(self, directory: str, tag: str) -> None:
         _, client_state = self._engine.load_checkpoint(directory, tag=tag)
         for name in _COUNTS:
-            setattr(self, name, client_state[name])
+            setattr(self, name, client_state["agrpo"][name])
 
 
 def _optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:

@@ -107,6 +107,7 @@ class TrainingConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     micro_batch_tokens: Count = 16384
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0  # global norm; 0 turns it off
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3  # optimiser steps in a row that are not finite; one more ends it
 
 
 class SamplingConfig(Section):

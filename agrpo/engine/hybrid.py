@@ -32,8 +32,11 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+_COUNTS = ("weight_version", "skipped_steps", "skipped_in_a_row")  # in the checkpoint
+
+
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is not finite. The weights are those of the last good step."""
+    """Too many steps in a row had a loss or gradient that is not finite. The weights are the last good step's."""
 
 
 class HybridEngine:
@@ -63,6 +66,9 @@ class HybridEngine:
         distributed.start()
         self.tokenizer, self.stop = tokenizer, list(stop)
         self.weight_version = 0
+        self.skipped_steps = self.skipped_in_a_row = 0  # optimiser steps whose gradient was not finite
+        self.losses_finite = True  # of this rank, in the last or present optimiser step
+        self._max_skipped, self._begun = training.max_skipped_steps, False
         self.device = distributed.device()
         self.zero_stage, self._clipping = engine.zero_stage, training.gradient_clipping
         policy = module if isinstance(module, Policy) else module.policy
@@ -134,35 +140,57 @@ class HybridEngine:
 
         The loss is already divided by the global denominator: shares add up, over micro-batches and ranks alike.
         """
+        if not self._begun:
+            self._begun = self.losses_finite = True
+        if not math.isfinite(float(loss.detach())):
+            self.losses_finite = False
+            loss = loss * math.nan  # an infinite loss may have a finite gradient: this one, all ranks will see
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * distributed.world(), scale_wrt_gas=False)  # DeepSpeed averages over the ranks
 
     def step(self, learning_rate: float) -> float:
         """One optimiser step; returns the gradient's global norm before clipping.
 
+        A loss or gradient that is not finite on any rank skips the step on all of them: weights and optimiser stay as
+        they are, and the norm that is returned is not finite.
+
         Raises:
-            TrainingDiverged: the gradient is not finite; the weights are unchanged.
+            TrainingDiverged: more than `training.max_skipped_steps` steps in a row were skipped.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = None
-        if self.zero_stage == 0:  # here DeepSpeed neither tells the norm nor skips a bad step
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
-            self._require_finite(norm)
-        self._engine.step()
-        if norm is None:
-            norm = float(self._engine.get_global_grad_norm() or 0.0)
-            self._require_finite(norm)
-        self.weight_version += 1
+        self._begun = False
+        norm, applied = self._step_whole() if self.zero_stage == 0 else self._step_sharded()
+        if applied:
+            self.weight_version += 1
+            self.skipped_in_a_row = 0
+            return norm
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self._max_skipped:
+            raise TrainingDiverged(
+                f"the gradient norm is {norm} at weight version {self.weight_version}, and"
+                f" {self.skipped_in_a_row} steps in a row were not finite: lower training.learning_rate, or look at"
+                " the batch in diverged.json; the last checkpoint is whole"
+            )
         return norm
 
-    def _require_finite(self, norm: float) -> None:
-        if not math.isfinite(norm):
-            raise TrainingDiverged(
-                f"the gradient norm is {norm} at weight version {self.weight_version}: lower training.learning_rate,"
-                " or look at the last lines of samples.jsonl; the last checkpoint is whole"
-            )
+    def _step_whole(self) -> tuple[float, bool]:
+        """The norm, and whether the step was taken: without ZeRO DeepSpeed neither tells the norm nor skips a step."""
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
+        if distributed.max_over_ranks(int(not math.isfinite(norm))):
+            self._engine.zero_grad()
+            return norm if not math.isfinite(norm) else math.inf, False
+        self._engine.step()
+        return norm, True
+
+    def _step_sharded(self) -> tuple[float, bool]:
+        """The same of ZeRO 1 to 3, which decides on the norm over all ranks' shards and then drops the gradients."""
+        self._engine.step()
+        norm, applied = float(self._engine.get_global_grad_norm() or 0.0), self._engine.was_step_applied()
+        if applied and not math.isfinite(norm):
+            raise RuntimeError(f"DeepSpeed took a step with a gradient norm of {norm}: the weights are damaged")
+        return norm, applied
 
     @torch.no_grad()
     def evaluate(self, layout: Layout, *args: Any) -> tuple[Tensor, ...]:
@@ -218,13 +246,13 @@ class HybridEngine:
 
     def save_state(self, directory: str, tag: str) -> None:
         """Weights and optimiser, by DeepSpeed; every rank must call it."""
-        self._engine.save_checkpoint(
-            directory, tag=tag, client_state={"weight_version": self.weight_version}, save_latest=False
-        )
+        state = {"agrpo": {name: getattr(self, name) for name in _COUNTS}}  # DeepSpeed has a skipped_steps of its own
+        self._engine.save_checkpoint(directory, tag=tag, client_state=state, save_latest=False)
 
     def load_state(self, directory: str, tag: str) -> None:
         _, client_state = self._engine.load_checkpoint(directory, tag=tag)
-        self.weight_version = client_state["weight_version"]
+        for name in _COUNTS:
+            setattr(self, name, client_state["agrpo"][name])
 
 
 def _optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -247,7 +275,7 @@ def _deepspeed_config(engine: EngineConfig, training: TrainingConfig, dtype: str
         "gradient_accumulation_steps": 1,
         "gradient_clipping": training.gradient_clipping,
         "zero_optimization": zero,
-        "bf16": {"enabled": dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,

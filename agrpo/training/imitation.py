@@ -25,6 +25,7 @@ def imitate(engine: HybridEngine, batch: Sequences, micro_batch_tokens: int, lea
     return {
         **distributed.sum_over_ranks({"loss": loss_sum, "entropy": entropy_sum}),
         "grad_norm": norm,
+        "agrpo/skipped_steps": engine.skipped_steps,
         "num_tokens": tokens,
     }
 

@@ -226,6 +226,7 @@ def fit_preferences(
         "loss": total["loss"],
         "accuracy": total["right"] / pairs,
         "grad_norm": norm,
+        "agrpo/skipped_steps": engine.skipped_steps,
         "agrpo/group_loss": total["group"],
         "agrpo/regulariser": total["reg"],
         "agrpo/uncertainty": total["uncertainty"] / pairs,

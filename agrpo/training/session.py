@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -18,11 +18,12 @@ from typing import Any
 import agrpo
 from agrpo.config import StageConfig
 from agrpo.engine import checkpoint, distributed
-from agrpo.engine.hybrid import HybridEngine
+from agrpo.engine.hybrid import HybridEngine, TrainingDiverged
 from agrpo.engine.modules import Policy, causal_lm
+from agrpo.reporting.files import replace, to_json
 from agrpo.reporting.metrics import RunLog
 from agrpo.reporting.summary import record
-from agrpo.types import InputError
+from agrpo.types import Demonstration, Experience, InputError, PreferenceGroup
 from agrpo.yaml_input import ConfigError, to_yaml
 
 RESUME_LATER = 75
@@ -99,7 +100,8 @@ class Session:
         if self._found is None:
             for stale in ("checkpoints", "tensorboard", "model"):
                 shutil.rmtree(self.directory / stale, ignore_errors=True)
-        (self.directory / _RESULT).unlink(missing_ok=True)
+        for name in (_RESULT, "diverged.json"):
+            (self.directory / name).unlink(missing_ok=True)
         (self.directory / "config.yaml").write_text(f"{_provenance()}{to_yaml(self.config)}", encoding="utf-8")
 
     def restore(self, engine: HybridEngine, **tracked: checkpoint.Stateful) -> None:
@@ -113,7 +115,13 @@ class Session:
         """The steps that remain. After each, a checkpoint when one is due, and an orderly end when a signal came."""
         every, total = self.config.checkpoint.every, self.config.training.max_steps
         for step in range(self.first_step, total):
+            skipped = self._engine.skipped_steps
             yield step
+            if self._engine.skipped_steps > skipped:
+                self.log.note(
+                    f"step {step}: loss or gradient not finite in {self._engine.skipped_steps - skipped} optimiser"
+                    f" step(s): skipped, weights unchanged; {self._engine.skipped_in_a_row} in a row by now"
+                )
             stop = distributed.max_over_ranks(int(self._stop_asked)) > 0
             if stop or (every and (step + 1) % every == 0) or (every and step + 1 == total):
                 self._save(step + 1)
@@ -121,6 +129,23 @@ class Session:
                 self.log.note(f"stopped by a signal after step {step + 1}, saved: run again to resume")
                 self.log.close()
                 raise SystemExit(RESUME_LATER)
+
+    @contextmanager
+    def guard(self, step: int, batch: Experience | Sequence[Demonstration | PreferenceGroup]) -> Iterator[None]:
+        """Around an update: if training has diverged, its batch is kept in diverged.json, all ranks' rows together."""
+        try:
+            yield
+        except TrainingDiverged as error:
+            finite = self._engine.losses_finite
+            own = [{"rank": distributed.rank(), "loss_finite": finite, **row} for row in _texts(batch)]
+            rows = [row for of_rank in distributed.gather_objects(own) for row in of_rank]
+            if distributed.rank() == 0:
+                version = self._engine.weight_version
+                told = {"step": step, "weight_version": version, "error": str(error), "batch": rows}
+                replace(self.directory / "diverged.json", [to_json(told)])
+            self.log.note(f"step {step}: {error}")
+            self.log.close()
+            raise
 
     def _save(self, step: int) -> None:
         state = {name: one.state_dict() for name, one in self._tracked.items()}
@@ -175,6 +200,17 @@ class Session:
             f"# {self.config.run.name}, stage {self.stage}\n\nTrained with agrpo {agrpo.__version__} from `{origin}`"
             f" for {self.config.training.max_steps} steps, seed {self.config.seed}.\n\n## Measured\n\n{measured}\n"
         )
+
+
+def _texts(batch: Experience | Sequence[Demonstration | PreferenceGroup]) -> list[dict[str, Any]]:
+    """A batch's rows for a person to read: prompt and completions, of an experience the rewards too."""
+    if isinstance(batch, Experience):
+        rollout = batch.rollout
+        prompts = [rollout.prompts[p].text for p in rollout.group.tolist()]
+        columns = zip(prompts, rollout.texts, batch.rewards.tolist(), strict=True)
+        return [{"prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in columns]
+    kept = ("prompt", "completion", "completions", "levels")
+    return [{key: value for key, value in vars(row).items() if key in kept} for row in batch]
 
 
 def _short(value: Any) -> str:

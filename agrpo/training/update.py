@@ -125,7 +125,7 @@ def update_policy(
             sums.update(_learn_ranked(engine, ranked, coefficients.lambda_ * from_data))
         norm = engine.step(learning_rate)
         metrics |= _means(distributed.sum_over_ranks(_complete(sums)), norm, update, totals, ranked)
-    return metrics
+    return metrics | {"agrpo/skipped_steps": engine.skipped_steps}
 
 
 @dataclass(frozen=True)

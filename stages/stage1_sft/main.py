@@ -25,7 +25,7 @@ def main(config: SFTConfig) -> None:
     data = read_demonstrations(config.data, log.note)
     tokenizer, notes = load_tokenizer(config.model, texts_of(data))
     session.notes(notes)
-    _, prompts, completions = encode_groups(data, tokenizer, config.max_length, log.note)
+    data, prompts, completions = encode_groups(data, tokenizer, config.max_length, log.note)
     require_batch(len(prompts), training.batch_size, "demonstrations", "training.batch_size")
     lm = load_language_model(config.model, tokenizer, config.seed)
     stop = stop_ids(tokenizer, lm)
@@ -55,7 +55,8 @@ def main(config: SFTConfig) -> None:
         rows = [index for _, index in next(stream)]
         batch = Sequences.of([prompts[i] for i in rows], [completions[i] for i in rows])
         rate = learning_rate(step, training)
-        metrics = imitate(engine, batch, training.micro_batch_tokens, rate)
+        with session.guard(step, [data[i] for i in rows]):
+            metrics = imitate(engine, batch, training.micro_batch_tokens, rate)
         seconds = time.perf_counter() - began
         metrics |= {"learning_rate": rate, "time/step_s": seconds}
         metrics["throughput/completion_tokens_per_s"] = metrics["num_tokens"] / seconds

@@ -70,7 +70,9 @@ def main(config: RewardConfig) -> None:
         rows = [index for _, index in next(stream)]
         batch = Sequences.of([prompts[i] for i in rows], [completions[i] for i in rows])
         rate = learning_rate(step, training)
-        metrics = fit_preferences(engine, batch, [groups[i] for i in rows], config, lambda_.value, scale, rate)
+        ranked = [groups[i] for i in rows]
+        with session.guard(step, ranked):
+            metrics = fit_preferences(engine, batch, ranked, config, lambda_.value, scale, rate)
         seconds = time.perf_counter() - began
         metrics |= {"learning_rate": rate, "time/step_s": seconds, "agrpo/lambda": lambda_.value}
         metrics["throughput/completion_tokens_per_s"] = metrics["num_tokens"] / seconds

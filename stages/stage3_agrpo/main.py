@@ -71,9 +71,10 @@ def main(config: PolicyConfig) -> None:
         sampled = perf_counter()
         experience = make_experience(engine, rollout, scores, rewards, config, controllers.beta.value)
         rate = learning_rate(step, config.training)
-        metrics |= update_policy(
-            engine, prune(experience, config.pruning), controllers.coefficients(), config, rate, next(ranked)
-        )
+        with session.guard(step, experience):
+            metrics |= update_policy(
+                engine, prune(experience, config.pruning), controllers.coefficients(), config, rate, next(ranked)
+            )
         done = perf_counter()
         metrics |= rollout_metrics(experience, rewards, done - began)
         metrics |= {"time/update_s": done - sampled, "learning_rate": rate, **controllers.metrics()}

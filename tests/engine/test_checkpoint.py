@@ -160,6 +160,7 @@ def test_weights_optimiser_and_generation_come_back(zero_stage, dtype, tmp_path)
     prompts = [Prompt(text="", ids=(3, 4, 5), slot=0, columns={})]
     first, counter = engine(zero_stage, dtype), Counter()
     train(first, 2)
+    first.skipped_steps, first.skipped_in_a_row = 4, 1
     counter.value = 5
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, first, {"counter": counter.state_dict()}, keep=2)
@@ -170,6 +171,7 @@ def test_weights_optimiser_and_generation_come_back(zero_stage, dtype, tmp_path)
     path, state = checkpoint.newest(tmp_path)
     checkpoint.load(path, state, second, {"counter": restored})
     assert restored.value == 5 and second.weight_version == first.weight_version == 2
+    assert (second.skipped_steps, second.skipped_in_a_row) == (4, 1)
     expected = first.generate(prompts, [4], Sampling(16), (0, 0))
     again = second.generate(prompts, [4], Sampling(16), (0, 0))
     assert again.tokens.tolist() == expected.tokens.tolist() != untrained.tokens.tolist()

@@ -151,15 +151,56 @@ def test_bfloat16_accumulates_small_steps_in_float32_and_keeps_the_rotary_freque
             assert value.dtype == torch.float32 and torch.equal(value, frequencies[name]), name
 
 
-@pytest.mark.parametrize("zero_stage", STAGES)
+FAULTS = [{"zero_stage": stage} for stage in STAGES] + [{"zero_stage": s, "dtype": "bfloat16"} for s in (1, 2, 3)]
+FAULTS += [{"zero_stage": stage, "offload": "cpu"} for stage in (1, 2, 3)] + [{"zero_stage": 2, "gradient_clipping": 0}]
+
+
+@pytest.mark.parametrize("variant", FAULTS, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(zero_stage, bad):
-    engine = engine_of(model(), zero_stage)
-    train(engine, 1, 1e-3)
+def test_a_step_that_is_not_finite_leaves_weights_and_optimiser_and_training_goes_on(variant, bad):
+    engine, straight = engine_of(model(), **variant), engine_of(model(), **variant)
+    train(engine, 2, 1e-3)
+    train(straight, 2, 1e-3)
     before = weights(engine)
-    with pytest.raises(TrainingDiverged, match=r"norm is .* at weight version 1: lower training.learning_rate"):
-        train(engine, 1, 1e-3, factors=(bad,))
-    assert engine.weight_version == 1
+    _, norms = train(engine, 2, 1e-2, factors=(bad,))
+    assert not any(map(math.isfinite, norms))
+    assert (engine.weight_version, engine.skipped_steps, engine.skipped_in_a_row) == (2, 2, 2)
+    assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+    assert train(engine, 2, 1e-3) == train(straight, 2, 1e-3)  # as if the bad batches had not been: Adam's moments too
+    expected = weights(straight)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(engine).items())
+    assert (engine.weight_version, engine.skipped_steps, engine.skipped_in_a_row) == (4, 2, 0)
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_an_infinite_loss_is_skipped_though_its_gradient_is_finite(zero_stage):
+    engine = engine_of(model(), zero_stage)
+    before = weights(engine)
+    engine.backward(-engine.forward(layouts()[0])[0].mean() + math.inf, True)
+    assert not math.isfinite(engine.step(1e-3)) and not engine.losses_finite
+    assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+    train(engine, 1, 1e-3)
+    assert engine.losses_finite and engine.weight_version == 1
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped(zero_stage):
+    engine = engine_of(model(), zero_stage)
+    before = weights(engine)
+    logp = engine.forward(layouts()[0])[0].mean()
+    engine.backward(-logp + (logp - logp.detach()).abs().sqrt(), True)  # the square root's slope at 0 is infinite
+    assert engine.losses_finite and not math.isfinite(engine.step(1e-3))
+    assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_too_many_skipped_steps_in_a_row_end_the_run(zero_stage):
+    engine = engine_of(model(), zero_stage, max_skipped_steps=2)
+    train(engine, 3, 1e-3, factors=(math.nan, math.nan, 1.0))
+    before = weights(engine)
+    with pytest.raises(TrainingDiverged, match=r"weight version 1, and 3 steps in a row.*lower training.learning_rate"):
+        train(engine, 3, 1e-3, factors=(math.nan,))
+    assert (engine.weight_version, engine.skipped_steps) == (1, 5)
     assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
 
 

@@ -1,0 +1,233 @@
+"""Does a configuration fit this machine? Memory of one rank and a step's time at full speed, nothing loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from agrpo.config import PolicyConfig, PreferencesConfig, RewardConfig, world_size
+from agrpo.doctor import memory
+from agrpo.doctor.memory import Batch, Shape
+from agrpo.engine.attention import why_not_flat
+from agrpo.models import ModelError, gguf_file, make_trainable
+
+_CHARACTERS = 128  # a character tokenizer's vocabulary before it has seen the data
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of a configuration memory depends on; a stage that only samples has no training."""
+
+    shape: Shape
+    batch: Batch
+    rows: int  # completions that decode together
+    prompt: int
+    completion: int  # 0: nothing is sampled
+    bytes: int
+    zero: int
+    offload: bool
+    checkpointing: bool
+    reference: bool
+    trains: bool
+    world: int
+    flat: bool
+    cuda: bool
+
+
+def architecture(config: Any) -> PreTrainedConfig:
+    """The model's configuration, without its weights."""
+    model = config.model
+    if model.config is not None:
+        values = dict(model.config)
+        found = AutoConfig.for_model(values.pop("model_type"), **values)
+        spoken = model.tokenizer
+        found.vocab_size = spoken.vocab_size if spoken.kind == "bpe" else _CHARACTERS
+        return found
+    try:
+        if model.gguf is not None:
+            path = gguf_file(model.gguf)
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(
+            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(f"model: {model.name_or_path or model.gguf} cannot be read: {reason}") from None
+
+
+def shape_of(config: Any, found: PreTrainedConfig) -> Shape:
+    """Counted on a model without storage, adapters and frozen layers as in the run."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(found)
+    lm = make_trainable(lm, config.model)
+    heads = found.num_attention_heads
+    size = getattr(found, "head_dim", None) or found.hidden_size // heads
+    return Shape(
+        parameters=sum(p.numel() for p in lm.parameters()),
+        trainable=sum(p.numel() for p in lm.parameters() if p.requires_grad),
+        hidden=found.hidden_size,
+        query=size * heads,
+        key=size * (getattr(found, "num_key_value_heads", None) or heads),
+        intermediate=getattr(found, "intermediate_size", None) or 4 * found.hidden_size,
+        layers=found.num_hidden_layers,
+        vocabulary=found.vocab_size,
+    )
+
+
+def setting(config: Any, found: PreTrainedConfig) -> Setting:
+    """Of any stage's configuration; every text at its longest."""
+    world, shape = world_size(), shape_of(config, found)
+    flat = why_not_flat(found) is None
+    common = {"shape": shape, "world": world, "flat": flat, "cuda": torch.cuda.is_available()}
+    if isinstance(config, PreferencesConfig):
+        s = config.sampling
+        nothing = Batch(0, s.num_generations, s.max_prompt_length, s.max_completion_length)
+        plain = {"zero": 0, "offload": False, "checkpointing": False, "reference": False, "trains": False}
+        lengths = {"prompt": s.max_prompt_length, "completion": s.max_completion_length}
+        width = 2 if config.model.dtype == "bfloat16" else 4
+        return Setting(batch=nothing, rows=config.rollout.max_sequences, bytes=width, **lengths, **plain, **common)
+    reference = False
+    if isinstance(config, PolicyConfig):
+        s = config.sampling
+        samples, prompt, completion = s.num_generations, s.max_prompt_length, s.max_completion_length
+        prompts = math.ceil(config.prompts_per_rollout / world)
+        rows, reference = min(config.rollout.max_sequences, prompts * samples), config.needs_reference
+        sampled = completion
+    else:
+        samples = 2 if isinstance(config, RewardConfig) else 1
+        prompt = config.max_length // 2
+        completion, prompts = config.max_length - prompt, math.ceil(config.training.batch_size / world)
+        rows = sampled = 0
+        if isinstance(config, RewardConfig):
+            reference = config.kind == "implicit"
+        elif config.evaluation.data is not None or config.evaluation.test is not None:
+            rows, sampled = 256, config.evaluation.max_completion_length
+    groups = max(1, config.training.micro_batch_tokens // (prompt + samples * completion))
+    return Setting(
+        batch=Batch(min(groups, prompts), samples, prompt, completion),
+        rows=rows,
+        prompt=prompt,
+        completion=sampled,
+        bytes=2 if config.model.dtype == "bfloat16" else 4,
+        zero=config.engine.zero_stage,
+        offload=config.engine.offload == "cpu",
+        checkpointing=config.engine.activation_checkpointing,
+        reference=reference and config.model.lora is None,
+        trains=True,
+        **common,
+    )
+
+
+def parts(s: Setting) -> dict[str, int]:
+    """Bytes of one rank by what they are for."""
+    p, t, b = s.shape.parameters, s.shape.trainable, s.bytes
+    found = {"weights": memory.weights(p, b, s.zero, s.world)}
+    if s.trains:
+        found |= {
+            "float32 master weights": memory.master(t, s.zero, s.world),
+            "Adam's moments": memory.adam(t, s.zero, s.world),
+            "gradients": memory.gradients(t, b, s.zero, s.world),
+            "reduction buffer": memory.bucket(t, b, s.zero, s.cuda),
+            "reference": b * p if s.reference else 0,
+            "whole copy of ZeRO-3": b * p if s.zero == 3 else 0,
+            "activations": memory.activations(s.shape, s.batch, b, s.checkpointing),
+            "logits": memory.logits(s.shape, s.batch, b),
+        }
+    found["key-value cache"] = memory.kv_cache(s.shape, s.rows, s.prompt, s.completion, b) if s.completion else 0
+    return found
+
+
+_OF_UPDATE = ("gradients", "reduction buffer", "activations", "logits")
+_OFFLOADED = ("float32 master weights", "Adam's moments")
+
+
+def totals(s: Setting) -> tuple[int, int]:
+    """(device, host) bytes of one rank at the worst moment: an update or the sampling, never both at once.
+
+    On a CPU the device is the host, and everything is in the first.
+    """
+    found = parts(s)
+    update = sum(found.get(name, 0) for name in _OF_UPDATE)
+    rest = sum(size for name, size in found.items() if name not in (*_OF_UPDATE, "key-value cache"))
+    host = sum(found.get(name, 0) for name in _OFFLOADED) if s.offload and s.cuda else 0
+    return rest - host + max(update, found["key-value cache"]), host
+
+
+_KNOBS: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    "model.lora={rank: 16}": lambda s: {"shape": _with_adapters(s.shape), "reference": False},
+    "model.dtype=bfloat16 with engine.zero_stage 1 or more": lambda s: {"bytes": 2, "zero": max(1, s.zero)},
+    "engine.activation_checkpointing=true": lambda s: {"checkpointing": True},
+    "training.micro_batch_tokens of one group": lambda s: {"batch": Batch(**{**asdict(s.batch), "groups": 1})},
+    "rollout.max_sequences halved": lambda s: {"rows": s.rows // 2},
+    "engine.zero_stage=2": lambda s: {"zero": 2} if s.zero < 2 else {},
+    "engine.zero_stage=3": lambda s: {"zero": 3},
+    "engine.offload=cpu": lambda s: {"offload": True, "zero": max(1, s.zero)},
+}
+
+
+def _with_adapters(shape: Shape) -> Shape:
+    wide = 7 * 16 * 2 * shape.hidden + 3 * 16 * shape.intermediate  # about: seven linear maps a layer, rank 16
+    added = min(shape.trainable, shape.layers * wide)
+    return Shape(**{**asdict(shape), "trainable": added})
+
+
+def savings(s: Setting) -> Iterator[tuple[str, int]]:
+    """Each setting that would make the device's total smaller, and by how many bytes; largest first."""
+    now, _ = totals(s)
+    saved = [(name, now - totals(Setting(**{**vars(s), **change(s)}))[0]) for name, change in _KNOBS.items()]
+    yield from sorted((one for one in saved if one[1] > 0.01 * now), key=lambda one: -one[1])
+
+
+def seconds_at_full_speed(s: Setting, config: Any, speeds: tuple[float, float]) -> dict[str, float]:
+    """Seconds of a step's longest texts if all of it ran as fast as one matrix product, or as memory is read."""
+    flops, read = speeds
+    found = {}
+    if s.completion and isinstance(config, PolicyConfig):
+        own = math.ceil(config.prompts_per_rollout / s.world) * s.batch.samples
+        rounds = math.ceil(own / max(1, s.rows))
+        found["sampling"] = rounds * memory.decoding_seconds(s.shape, s.rows, s.completion, s.bytes, flops, read)
+    if s.trains:
+        policy = isinstance(config, PolicyConfig)
+        prompts = config.prompts_per_rollout if policy else config.training.batch_size
+        per_prompt = s.batch.prompt + s.batch.samples * s.batch.completion
+        tokens = math.ceil(prompts / s.world) * per_prompt
+        updates = config.objective.updates_per_rollout if policy else 1
+        work = memory.training_flops(s.shape, tokens, s.checkpointing, s.reference, updates)
+        found["update"] = work / flops
+    return found
+
+
+def estimate(config: Any, machine: dict[str, Any], speeds: Callable[[torch.dtype], tuple[float, float]]) -> dict:
+    """JSON values: parts, totals, what is free, whether it fits, what helps, and time."""
+    found = architecture(config)
+    s = setting(config, found)
+    device, host = totals(s)
+    here = int(os.environ.get("NPROC") or 1)
+    gpus = machine["devices"]
+    free = min(d["free"] for d in gpus) if gpus else machine["memory"]["free"] // here
+    notes = [
+        "all for texts at their longest; time as if a step ran as fast as one matrix product: real ones take longer"
+    ]
+    if not s.flat:
+        notes.append(f"plain rows ({why_not_flat(found)}): activations and logits are larger than told here")
+    if gpus and host * here > machine["memory"]["free"]:
+        notes.append(f"the offloaded state needs {host * here} bytes of main memory, more than is free")
+    helps = [{"setting": name, "saves": size, "enough": device - size <= free} for name, size in savings(s)]
+    return {
+        "model": {"family": found.model_type, **asdict(s.shape)},
+        "processes": s.world,
+        "parts": parts(s),
+        "total": device,
+        "host": host,
+        "free": free,
+        "fits": device <= free and not (gpus and host * here > machine["memory"]["free"]),
+        "helps": helps,
+        "seconds": seconds_at_full_speed(s, config, speeds(torch.bfloat16 if s.bytes == 2 else torch.float32)),
+        "notes": notes,
+    }

@@ -1,0 +1,117 @@
+"""What a run needs, in closed form: bytes of one rank, and operations of a step.
+
+Legend: P parameters of the model, T of them learn, W ranks, b bytes of a number of the computation (4 or 2); H hidden
+size, Q query and K key width (heads × head size), F intermediate size, L layers, V vocabulary; S tokens of a
+micro-batch on the flat layout, C of them completion tokens. Adam in mixed precision holds 12 bytes a parameter beside
+weights and gradients (Rajbhandari et al. 2020, ZeRO, section 3.1); here its float32 master copy is kept from ZeRO 1 on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BUCKET = 500_000_000  # numbers of DeepSpeed's reduction buffer, allocated whole from ZeRO 1 on
+LIVE = 1_000_000_000  # parameters that DeepSpeed's ZeRO-3 keeps gathered
+CHUNK = 1 << 24  # logits of one chunk of the head
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model, as far as memory depends on it."""
+
+    parameters: int
+    trainable: int
+    hidden: int
+    query: int
+    key: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: `groups` prompts of p tokens, each with `samples` completions of c tokens."""
+
+    groups: int
+    samples: int
+    prompt: int
+    completion: int
+
+    @property
+    def tokens(self) -> int:
+        return self.groups * (self.prompt + self.samples * self.completion)
+
+    @property
+    def completion_tokens(self) -> int:
+        return self.groups * self.samples * self.completion
+
+    @property
+    def key_tokens(self) -> int:
+        """Keys that attention holds: the prompts' own, and for each completion its prompt's again beside its own."""
+        return self.groups * (self.prompt + self.samples * (self.prompt + self.completion))
+
+
+def weights(p: int, b: int, zero: int, world: int) -> int:
+    """b·P. ZeRO-3 leaves each rank its 1/W, and gathers up to 10⁹ that it is about to need."""
+    return b * p // world + b * min(p, LIVE) if zero == 3 else b * p
+
+
+def master(t: int, zero: int, world: int) -> int:
+    """4·T/W: the float32 copy that ZeRO 1 to 3 step on, also when the computation is float32. None without ZeRO."""
+    return 4 * t // world if zero else 0
+
+
+def adam(t: int, zero: int, world: int) -> int:
+    """8·T: two float32 moments, a rank's 1/W of them from ZeRO 1 on (ZeRO, stage P_os)."""
+    return 8 * t // (world if zero else 1)
+
+
+def gradients(t: int, b: int, zero: int, world: int) -> int:
+    """b·T in ZeRO 0 and 1, b·T/W in 2 and 3 (P_os+g), and the float32 shard that Adam reads where it is another."""
+    own = b * t // (world if zero >= 2 else 1)
+    return own + (4 * t // world if zero == 3 or (zero and b < 4) else 0)
+
+
+def bucket(t: int, b: int, zero: int, cuda: bool) -> int:
+    """DeepSpeed's reduction buffer: allocated whole; on a CPU only what is written to becomes memory."""
+    if not zero:
+        return 0
+    return (4 if zero == 1 else b) * (BUCKET if cuda else min(BUCKET, t))
+
+
+def activations(shape: Shape, batch: Batch, b: int, checkpointing: bool) -> int:
+    """What a Llama-like backbone keeps for its backward pass, and one layer's gradients of it.
+
+    A layer keeps, a token: 6·H (input, normalised and scaled, twice), 2·Q (queries as attention reads them, its
+    output) and 1·Q (the output again, in the order of the axis), 4·F (gate, its activation, up, their product); and
+    2·K for each key token. Checkpointed, H for a layer and all of it for one layer at a time. Scores of attention are
+    not kept (flash). A family that does not run flat has its prompts repeated and its (S, V) logits whole: more.
+    """
+    layer = b * (batch.tokens * (6 * shape.hidden + 3 * shape.query + 4 * shape.intermediate))
+    layer += b * batch.key_tokens * 2 * shape.key
+    kept = b * batch.tokens * shape.hidden * shape.layers + layer if checkpointing else layer * shape.layers
+    return kept + layer + 2 * b * batch.tokens * shape.hidden
+
+
+def logits(shape: Shape, batch: Batch, b: int) -> int:
+    """A chunk of at most 2²⁴ logits, twice in float32 (once more in two bytes if b is 2), and the head's gradient."""
+    chunk = min(max(CHUNK, shape.vocabulary), batch.completion_tokens * shape.vocabulary)
+    head = 4 * shape.vocabulary * shape.hidden if shape.trainable == shape.parameters else 0
+    return chunk * (8 if b == 4 else 12) + head
+
+
+def kv_cache(shape: Shape, rows: int, prompt: int, completion: int, b: int) -> int:
+    """2·L·K numbers for each of rows × (p + c) places: the native backend's static cache, prompts at full length."""
+    return 2 * b * shape.layers * shape.key * rows * (prompt + completion)
+
+
+def training_flops(shape: Shape, tokens: int, checkpointing: bool, reference: bool, updates: int) -> float:
+    """2·P a token forward, 4·P backward (2·P if most is frozen); a forward more if checkpointed or for a reference."""
+    backward = 4 if shape.trainable > shape.parameters / 2 else 2
+    return 2.0 * shape.parameters * tokens * (updates * (1 + backward / 2 + checkpointing) + reference)
+
+
+def decoding_seconds(shape: Shape, rows: int, length: int, b: int, flops_per_s: float, bytes_per_s: float) -> float:
+    """A decoding step reads all weights once and does 2·P operations a row; whichever takes longer, `length` times."""
+    return length * max(b * shape.parameters / bytes_per_s, 2.0 * shape.parameters * rows / flops_per_s)

@@ -64,6 +64,8 @@ def engine_of(
     checkpointing=False,
     critic=False,
     scorer=False,
+    rollout=None,
+    longest=None,
     **training,
 ):
     """A HybridEngine around a language model, with a value or a score head where asked for."""
@@ -78,6 +80,8 @@ def engine_of(
         training=TrainingConfig(max_steps=1, **training),
         tokenizer=tokenizer(),
         stop=[1],
+        rollout=rollout,
+        longest=longest,
         dtype=dtype,
         with_reference=with_reference,
     )

@@ -180,6 +180,8 @@ class ObjectiveConfig(Section):
     aggregation: Literal["token", "sequence", "constant"] = "token"
     ratio: Literal["token", "sequence", "trajectory"] = "token"
     updates_per_rollout: Count = 2
+    sampler_correction: Literal["none", "token", "sequence", "mask"] = "token"  # where another program samples
+    sampler_cap: Annotated[float, Field(gt=1)] = 2.0
     value_coef: Positive = 0.5  # weight of the value loss, with advantage.kind: gae
     value_clip: Positive | None = 0.2  # how far an update may move a value from the rollout's
 
@@ -321,9 +323,25 @@ class RewardSpec(BaseModel):
         return self
 
 
+class VllmConfig(Section):
+    """vLLM's own memory and limits, with `backend: vllm`."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5  # GPU: share for its weights and its KV cache
+    kv_cache_gib: Count = 1  # CPU: memory for its KV cache, a process
+    enforce_eager: bool | None = None  # without compiled graphs; null: on a CPU
+    max_model_len: Count | None = None  # tokens of a prompt and its completion; null: as long as the run can need
+
+
 class RolloutConfig(Section):
-    backend: Literal["native"] = "native"
+    backend: Literal["native", "vllm"] = "native"
     max_sequences: Count = 256  # completions that decode together
+    vllm: VllmConfig = VllmConfig()
+
+    @model_validator(mode="after")
+    def _installed(self) -> Self:
+        if self.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ValueError("backend: vllm is not installed; install it: bash scripts/setup.sh --vllm")
+        return self
 
 
 class EngineConfig(Section):
@@ -479,6 +497,19 @@ class PolicyConfig(StageConfig):
         penalised = self.objective.kl != "none" and (self.objective.beta > 0 or adaptive)
         grouped = self.controllers.lambda_.kind == "adaptive" or self.controllers.lambda_.value > 0
         return penalised or grouped
+
+    @property
+    def corrects_sampler(self) -> bool:
+        """Is there a sampler whose forward is not the update's, and a correction for it?"""
+        return self.rollout.backend != "native" and self.objective.sampler_correction != "none"
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and completion that the run can generate."""
+        completion = self.sampling.max_completion_length
+        if self.evaluation.data is not None or self.evaluation.test is not None:
+            completion = max(completion, self.evaluation.max_completion_length)
+        return self.sampling.max_prompt_length + completion
 
     @property
     def prompts_per_rollout(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -190,23 +189,25 @@ def make_trainable(lm: PreTrainedModel, config: ModelConfig, seed: int = 0) -> n
 def save_language_model(lm: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """A Hugging Face folder that plain transformers loads: safetensors, tokenizer, generation config; LoRA merged."""
     base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-    with merged_weights(lm) as state:
-        base.save_pretrained(directory, state_dict=state)
+    base.save_pretrained(directory, state_dict=dict(merged_weights(lm)))
     tokenizer.save_pretrained(directory)
 
 
-@contextmanager
-def merged_weights(lm: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """The model's weights under their plain names, with LoRA's adapters merged while the context lasts."""
-    if not hasattr(lm, "merge_adapter"):
-        yield lm.state_dict()
-        return
-    lm.merge_adapter()
-    try:
-        weights = lm.get_base_model().state_dict()
-        yield {name.replace(".base_layer", ""): w for name, w in weights.items() if "lora_" not in name}
-    finally:
-        lm.unmerge_adapter()
+def merged_weights(lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's weights under their plain names, one after the other.
+
+    LoRA's adapters are added to a copy of the one weight at hand: merging in place and back would move the frozen
+    weights by a rounding error each time.
+    """
+    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    adapted = {name: layer for name, layer in base.named_modules() if hasattr(layer, "get_delta_weight")}
+    for name, weight in base.state_dict().items():
+        if "lora_" in name:
+            continue
+        layer = adapted.get(name.removesuffix(".base_layer.weight"))
+        if layer is not None:
+            weight = weight + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+        yield name.replace(".base_layer", ""), weight
 
 
 def save_reward_model(lm: nn.Module, score: torch.Tensor, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -218,9 +219,8 @@ def save_reward_model(lm: nn.Module, score: torch.Tensor, tokenizer: PreTrainedT
     config._attn_implementation = "sdpa"
     model = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
     prefix = base.base_model_prefix + "."
-    with merged_weights(lm) as state:
-        body = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
-        model.base_model.load_state_dict(body)
+    body = {name.removeprefix(prefix): w for name, w in merged_weights(lm) if name.startswith(prefix)}
+    model.base_model.load_state_dict(body)
     model.score.weight.data.copy_(score)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

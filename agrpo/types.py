@@ -105,6 +105,14 @@ class Reward(Protocol):
 class RolloutBackend(Protocol):
     """Whatever can generate with the engine's current weights."""
 
+    def follow(self, weight_version: int) -> None:
+        """Have the policy's weights as they are now, ready to generate."""
+        ...
+
+    def rest(self) -> None:
+        """Give up memory that training can use, until the next `follow`; costs nothing when done twice."""
+        ...
+
     def generate(
         self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Any, key: tuple[int, int], first: int = 0
     ) -> Rollout:

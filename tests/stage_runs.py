@@ -76,7 +76,7 @@ def run_several(runs, nproc=1, timeout=600):
     )
 
 
-def tiny_policy(folder):
+def tiny_policy(folder, **architecture):
     """A tiny untrained policy with the quickstart's tokenizer, as a stage would leave it; its folder."""
     from agrpo.config import ModelConfig, TokenizerConfig
     from agrpo.models import load_language_model, load_tokenizer, save_language_model
@@ -85,7 +85,7 @@ def tiny_policy(folder):
     more = {"num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True}
     tags = ["<think>", "</think>", "<answer>", "</answer>"]
     config = ModelConfig(
-        config={"model_type": "qwen2", **sizes, **more, "initializer_range": 0.1},
+        config={"model_type": "qwen2", **sizes, **more, "initializer_range": 0.1, **architecture},
         tokenizer=TokenizerConfig(kind="characters", added_tokens=tags),
     )
     tokenizer, _ = load_tokenizer(config, ["0123456789+-=;"])

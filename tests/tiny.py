@@ -100,6 +100,8 @@ def engine_of(
     flat=True,
     max_sequences=256,
     pad="t0",
+    rollout=None,
+    longest=None,
     **training,
 ):
     """A HybridEngine around a language model, with a value or a score head where asked for."""
@@ -114,7 +116,8 @@ def engine_of(
         training=TrainingConfig(max_steps=1, **training),
         tokenizer=tokenizer(pad),
         stop=[1],
-        rollout=RolloutConfig(max_sequences=max_sequences),
+        rollout=rollout or RolloutConfig(max_sequences=max_sequences),
+        longest=longest,
         dtype=dtype,
         with_reference=with_reference,
     )

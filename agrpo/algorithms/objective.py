@@ -4,6 +4,7 @@ Legend: N completions, C completion tokens of all N together; log-probabilities 
 tokens at hand; the denominators are global and arrive as `weights`, so the shards' losses add up to the objective.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from agrpo.algorithms.segments import per_token, segment_sum
 
 LEVELS = ("token", "sequence", "trajectory")
 AGGREGATIONS = ("token", "sequence", "constant")
+CORRECTIONS = ("token", "sequence", "mask")
 
 # e^20 lies beyond every clip range; without a ceiling a trajectory's ratio overflows and 0·∞ puts NaN in the gradient.
 MAX_LOG_RATIO = 20.0
@@ -131,6 +133,43 @@ def token_weights(
     else:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
     return per_token(weights, lengths)
+
+
+def sampler_weights(
+    old_logp: Tensor, sampler_logp: Tensor, lengths: Tensor, correction: str, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Weights that make samples of another program's forward count as the policy's own: m = π_old/π_sampler.
+
+    Args:
+        old_logp: (C,) nats, of the training forward with the weights that sampled.
+        sampler_logp: (C,) nats, as the sampler computed them.
+        lengths: (N,) tokens.
+        correction: `token`: min(m, cap) of the token. `sequence`: the product of the completion's m, at most cap.
+            `mask`: m of the token where 1/cap ≤ m ≤ cap, else 0.
+        cap: above 1; inf never holds, and the weights are then exact: of a token's expectation given what stands before
+            it (`token`, `mask`), of the whole completion's (`sequence`).
+
+    Returns:
+        (C,) weights without gradient, 1 where the two agree; (C,) bool, where the cap held.
+
+    Raises:
+        ValueError: unknown correction, or a cap of 1 or less.
+
+    Source: truncation, Ionides 2008; for samplers of a policy, Yao et al. 2025, "Your efficient RL framework secretly
+    brings you off-policy RL training"; masking of both tails, IcePop (arXiv 2510.18855).
+    """
+    if cap <= 1:
+        raise ValueError(f"cap must be above 1, the weight where sampler and policy agree, got {cap}")
+    log_m = (old_logp - sampler_logp).detach()  # (C,)
+    if correction == "sequence":
+        log_m = per_token(segment_sum(log_m, lengths), lengths)
+    elif correction not in CORRECTIONS:
+        raise ValueError(f"correction must be one of {', '.join(CORRECTIONS)}, got {correction!r}")
+    limit = math.log(cap)
+    if correction == "mask":
+        held = log_m.abs() > limit
+        return log_m.exp().masked_fill(held, 0.0), held
+    return log_m.clamp(max=limit).exp(), log_m > limit
 
 
 def policy_loss(

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from agrpo.config import EngineConfig, RolloutConfig, TrainingConfig
 from agrpo.engine import distributed
-from agrpo.engine.backends.native import NativeBackend, Sampling
+from agrpo.engine.backends.build import build_backend
+from agrpo.engine.backends.native import Sampling
 from agrpo.engine.layout import Layout
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.types import Prompt, Rollout
@@ -45,6 +46,7 @@ class HybridEngine:
     Args:
         module: what learns. Its trainable parameters are those that require grad.
         engine, training, rollout: their sections of the configuration.
+        longest: tokens of the longest prompt and completion to generate, where known.
         dtype: of the computation: float32, or bfloat16 over float32 master weights.
         tokenizer, stop: for generation: the texts, and the token ids that end a completion.
         with_reference: keep the weights as they are now as the frozen reference. With LoRA that is the base model with
@@ -60,6 +62,7 @@ class HybridEngine:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[int],
         rollout: RolloutConfig | None = None,
+        longest: int | None = None,
         dtype: str = "float32",
         with_reference: bool = False,
     ) -> None:
@@ -104,7 +107,9 @@ class HybridEngine:
         for name, parameter in self._engine.module.named_parameters():
             if name in exact:
                 safe_set_full_fp32_param(parameter, exact.pop(name).to(self.device))
-        self._backend = self._native_backend(rollout or RolloutConfig())
+        self._backend = build_backend(
+            rollout or RolloutConfig(), self.whole_policy, tokenizer=tokenizer, stop=self.stop, longest=longest
+        )
         self._gathered = -1  # the weight version of the whole copy
 
     @property
@@ -115,19 +120,10 @@ class HybridEngine:
     def has_reference(self) -> bool:
         return self.reference is not None or self._adapters_off is not None
 
-    def _native_backend(self, rollout: RolloutConfig) -> NativeBackend:
-        policy = self.whole_policy
-        return NativeBackend(
-            causal_lm(policy.lm),
-            flat=policy.fallback_reason is None,
-            tokenizer=self.tokenizer,
-            stop=self.stop,
-            max_sequences=rollout.max_sequences,
-        )
-
     # Training
 
     def train_mode(self) -> None:
+        self._backend.rest()
         self._engine.train()
 
     def forward(self, layout: Layout, *args: Any) -> tuple[Tensor, ...]:
@@ -218,7 +214,7 @@ class HybridEngine:
                 with deepspeed.zero.GatheredParameters([own]):
                     whole.data.copy_(own.data)
             self._gathered = self.weight_version
-        self._backend.weight_version = self.weight_version
+        self._backend.follow(self.weight_version)
 
     def generate(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agrpo.algorithms.gae import value_loss
-from agrpo.algorithms.objective import PolicyTerms, policy_loss, token_weights
+from agrpo.algorithms.objective import PolicyTerms, policy_loss, sampler_weights, token_weights
 from agrpo.algorithms.preference import (
     Pairs,
     confidence_from_ensemble,
@@ -49,6 +49,7 @@ class MicroBatch:
     layout: Layout
     advantages: Tensor  # (c,)
     weights: Tensor  # (c,) of the tokens in the objective
+    sampler: Tensor  # (c,) nats, as the sampler computed them
     reference: Tensor | None  # (c,) nats; None: nothing is measured against a reference
     values: Tensor  # (c,), as `returns` empty without a critic
     returns: Tensor
@@ -68,8 +69,9 @@ def update_policy(
     """`objective.updates_per_rollout` optimiser steps, each over the whole experience of all ranks.
 
     L = λ·L_group + (1 − λ)·L_policy, and the critic's loss where there is one. The policy that sampled is the one
-    before the first update, so its log-probabilities are those of the first forward, detached: no extra pass. The
-    reference is read once for all updates.
+    before the first update, so its log-probabilities are those of the first forward, detached: no extra pass. Where
+    another program sampled, they also correct L_policy for what its forward does differently. The reference is read
+    once for all updates.
 
     Args:
         ranked: ranked data that has its share in L_group; None where the configuration has none.
@@ -82,7 +84,9 @@ def update_policy(
     epsilon_high = coefficients.epsilon * objective.epsilon_high / objective.epsilon_low
     from_data = 0.0 if ranked is None or ranked.totals["weight/0"] == 0 else objective.group_loss.ranked.ratio
     old: list[Tensor | None] = [None] * len(batches)
+    weights = [batch.weights for batch in batches]
     metrics: dict[str, float] = {}
+    corrected: Counter[str] = Counter()
     for update in range(objective.updates_per_rollout):
         sums: Counter[str] = Counter()
         for b, counts, last in in_step(batches):
@@ -91,9 +95,16 @@ def update_policy(
             if not counts:
                 engine.backward(0.0 * sum(part.sum() for part in (logp, entropy, *critic)), last and not from_data)
                 continue
-            old[b] = logp.detach() if old[b] is None else old[b]
-            reference = logp.detach() if batch.reference is None else batch.reference
             lengths = batch.layout.lengths.to(logp.device)
+            if old[b] is None:
+                old[b] = logp.detach()
+                if config.corrects_sampler:
+                    m, held = sampler_weights(
+                        old[b], batch.sampler, lengths, objective.sampler_correction, objective.sampler_cap
+                    )
+                    weights[b] = batch.weights * m
+                    corrected.update(m=float(m.sum()), squares=float(m.square().sum()), held=float(held.sum()))
+            reference = logp.detach() if batch.reference is None else batch.reference
             policy, terms = policy_loss(
                 logp,
                 old[b],
@@ -101,7 +112,7 @@ def update_policy(
                 entropy,
                 batch.advantages,
                 lengths,
-                weights=batch.weights,
+                weights=weights[b],
                 epsilon_low=coefficients.epsilon,
                 epsilon_high=epsilon_high,
                 beta=coefficients.beta if objective.kl_in == "loss" else 0.0,
@@ -125,7 +136,18 @@ def update_policy(
             sums.update(_learn_ranked(engine, ranked, coefficients.lambda_ * from_data))
         norm = engine.step(learning_rate)
         metrics |= _means(distributed.sum_over_ranks(_complete(sums)), norm, update, totals, ranked)
+    if config.corrects_sampler:
+        metrics |= _sampler_mismatch(corrected, totals.tokens)
     return metrics | {"agrpo/skipped_steps": engine.skipped_steps}
+
+
+def _sampler_mismatch(corrected: Counter[str], tokens: int) -> dict[str, float]:
+    """How far the sampler was from the policy, over the tokens of all ranks."""
+    sums = distributed.sum_over_ranks({name: corrected[name] for name in ("m", "squares", "held")})
+    return {
+        "agrpo/effective_sample_size": sums["m"] ** 2 / max(tokens * sums["squares"], 1e-12),
+        "agrpo/sampler_dropped": sums["held"] / max(1, tokens),
+    }
 
 
 @dataclass(frozen=True)
@@ -181,6 +203,7 @@ def _micro_batches(
                 total_sequences=int(sums["sequences"]),
                 max_length=config.sampling.max_completion_length,
             ).to(device),
+            sampler=rollout.logp[place].to(device),
             reference=experience.reference[place].to(device) if len(experience.reference) else None,
             values=_part(experience.values, place, device),
             returns=_part(experience.returns, place, device),

@@ -8,7 +8,8 @@ from agrpo.config import PreferencesConfig, parse_command_line
 from agrpo.data.load import encode_prompts, read_prompts
 from agrpo.data.records import DataError
 from agrpo.engine import distributed
-from agrpo.engine.backends.native import NativeBackend, Sampling
+from agrpo.engine.backends.build import build_backend
+from agrpo.engine.backends.native import Sampling
 from agrpo.engine.modules import Policy, cast_weights
 from agrpo.models import load_language_model, load_tokenizer, stop_ids
 from agrpo.reporting.files import replace, to_json
@@ -26,14 +27,11 @@ def main(config: PreferencesConfig) -> None:
     prompts = encode_prompts(data, tokenizer, config.sampling.max_prompt_length, say)
     lm = load_language_model(config.model, tokenizer, config.seed)
     policy = cast_weights(Policy(lm), getattr(torch, config.model.dtype)).to(distributed.device()).eval()
-    backend = NativeBackend(
-        policy.lm,
-        flat=policy.fallback_reason is None,
-        tokenizer=tokenizer,
-        stop=stop_ids(tokenizer, lm),
-        max_sequences=config.rollout.max_sequences,
-    )
     sampling = config.sampling
+    longest = sampling.max_prompt_length + sampling.max_completion_length
+    stop = stop_ids(tokenizer, lm)
+    backend = build_backend(config.rollout, policy, tokenizer=tokenizer, stop=stop, longest=longest)
+    backend.follow(0)
     how = Sampling.of(sampling)
     own = prompts[distributed.rank() :: distributed.world()]
     rollout = backend.generate(own, [sampling.num_generations] * len(own), how, (config.seed, 0))

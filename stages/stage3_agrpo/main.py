@@ -49,6 +49,7 @@ def main(config: PolicyConfig) -> None:
         tokenizer=tokenizer,
         stop=stop,
         rollout=config.rollout,
+        longest=config.longest_sequence,
         dtype=config.model.dtype,
         with_reference=config.needs_reference,
     )

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agrpo.algorithms.advantages import group_advantages
-from agrpo.algorithms.objective import clip_fractions, clipped_surrogate, importance_ratio, policy_loss, token_weights
+from agrpo.algorithms.objective import (
+    clip_fractions,
+    clipped_surrogate,
+    importance_ratio,
+    policy_loss,
+    sampler_weights,
+    token_weights,
+)
 from agrpo.algorithms.preference import group_preference_loss, implicit_reward, ordered_pairs, pair_weights
 
 LENGTHS = torch.tensor([3, 1, 5, 2])
@@ -317,3 +324,95 @@ def test_unknown_names_are_refused_with_the_known_ones():
         importance_ratio(torch.zeros(C), torch.zeros(C), LENGTHS, "turn")
     with pytest.raises(ValueError, match="constant"):
         token_weights(LENGTHS, "mean", total_tokens=C, total_sequences=N, max_length=8)
+
+
+def every_completion(seed, tokens=3, length=2):
+    """All completions of an enumerable policy, and the probabilities of its and of another sampler's every token.
+
+    Returns (tokens**length, length) tokens, and logits (2, contexts, tokens): of the policy, and of the sampler.
+    """
+    g = torch.Generator().manual_seed(seed)
+    words = torch.cartesian_prod(*[torch.arange(tokens)] * length)
+    return words, torch.randn(2, 1 + tokens, tokens, generator=g, dtype=torch.float64)
+
+
+def logprobs_of(words, logits):
+    """(completions, 2) log-probabilities: the second token depends on the first."""
+    log_p = logits.log_softmax(-1)
+    return torch.stack([log_p[0, words[:, 0]], log_p[1 + words[:, 0], words[:, 1]]], 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_uncapped_sequence_weights_give_the_gradient_of_the_policys_own_expectation(seed):
+    words, (policy, sampler) = every_completion(seed)
+    lengths = torch.full((len(words),), 2)
+    advantages = torch.randn(len(words), generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+    def objective(logits):
+        """−E_π[A], over every completion."""
+        return -(logprobs_of(words, logits).sum(1).exp() * advantages).sum()
+
+    logits = policy.clone().requires_grad_()
+    logp, mu = logprobs_of(words, logits), logprobs_of(words, sampler)
+    m, held = sampler_weights(logp.flatten(), mu.flatten(), lengths, "sequence", math.inf)
+    drawn = mu.sum(1).exp().repeat_interleave(2)  # the sampler's probability of each completion
+    loss, _ = policy_loss(
+        logp.flatten(),
+        logp.detach().flatten(),
+        logp.detach().flatten(),
+        torch.zeros(2 * len(words), dtype=torch.float64),
+        advantages.repeat_interleave(2),
+        lengths,
+        weights=drawn * m,
+        beta=0.0,
+        entropy_coef=0.0,
+        kl="none",
+        ratio="token",
+        **RANGE,
+    )
+    expected = autograd(objective, policy)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
+    uncorrected = (drawn * -advantages.repeat_interleave(2) * logprobs_of(words, logits).flatten()).sum()
+    assert (torch.autograd.grad(uncorrected, logits)[0] - expected).abs().max() > 1e-2
+    assert not held.any()
+
+
+@pytest.mark.parametrize("correction", ["token", "mask"])
+def test_uncapped_token_weights_give_the_policys_expectation_of_each_token(correction):
+    words, (policy, sampler) = every_completion(1)
+    logp, mu = logprobs_of(words, policy), logprobs_of(words, sampler)
+    m, _ = sampler_weights(logp.flatten(), mu.flatten(), torch.full((len(words),), 2), correction, math.inf)
+    value = torch.randn(len(words), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for first in range(3):  # E[f(second token) | first]
+        here = words[:, 0] == first
+        under_sampler = (mu[here, 1].exp() * m.view(-1, 2)[here, 1] * value[here]).sum()
+        assert under_sampler.item() == pytest.approx((logp[here, 1].exp() * value[here]).sum().item())
+
+
+def test_the_cap_truncates_from_above_and_the_mask_drops_both_tails():
+    log_m = torch.tensor([0.0, 1.0, -1.0, 0.5, -3.0, 0.1])
+    how = (torch.full((6,), -2.0) + log_m, torch.full((6,), -2.0), torch.tensor([2, 3, 1]))
+    weights, held = sampler_weights(*how, "token", 2.0)
+    torch.testing.assert_close(weights, log_m.exp().clamp(max=2.0))
+    assert held.tolist() == [False, True, False, False, False, False]
+    weights, held = sampler_weights(*how, "mask", 2.0)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0.0, 0.0, math.exp(0.5), 0.0, math.exp(0.1)]))
+    assert held.tolist() == [False, True, True, False, True, False]
+    weights, held = sampler_weights(*how, "sequence", 2.0)
+    torch.testing.assert_close(weights, torch.tensor([2.0, 2.0, *[math.exp(-3.5)] * 3, math.exp(0.1)]))
+    assert held.tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("correction", ["token", "sequence", "mask"])
+def test_a_sampler_that_is_the_policy_has_weights_of_exactly_one(correction):
+    logp = batch()["logp"].requires_grad_()
+    weights, held = sampler_weights(logp, logp.detach(), LENGTHS, correction, 2.0)
+    assert torch.equal(weights, torch.ones(C, dtype=torch.float64)) and not held.any() and not weights.requires_grad
+
+
+def test_sampler_weights_refuse_what_they_do_not_know():
+    logp = batch()["logp"]
+    with pytest.raises(ValueError, match="correction must be one of token, sequence, mask"):
+        sampler_weights(logp, logp, LENGTHS, "none", 2.0)
+    with pytest.raises(ValueError, match="cap must be above 1"):
+        sampler_weights(logp, logp, LENGTHS, "token", 1.0)

@@ -119,6 +119,36 @@ def test_without_preferences_the_loss_is_grpos():
     assert "agrpo/group_loss" not in metrics or metrics["agrpo/group_loss"] >= 0
 
 
+@pytest.mark.parametrize("micro", [1, 10**6])
+def test_a_samplers_own_log_probabilities_correct_the_policy_loss(monkeypatch, micro):
+    monkeypatch.setattr(PolicyConfig, "corrects_sampler", True)  # as with rollout.backend=vllm
+    engine, policy, reference = moved()
+    what = experience()
+    old = [logp.detach() for logp, _ in plain_logprobs(policy, what)]
+    noise = 0.6 * torch.randn(len(what.rollout.tokens), generator=torch.Generator().manual_seed(5))
+    rollout = Rollout(**{**vars(what.rollout), "logp": torch.cat(old) - noise})
+    m = noise.exp().clamp(max=1.5)
+    loss = 0.0
+    parts = zip(
+        plain_logprobs(policy, what), plain_logprobs(reference, what), m.split(rollout.lengths.tolist()), strict=True
+    )
+    for ((logp, _), (ref, _), own), advantage in zip(parts, of_completions(what), strict=True):
+        k3 = (ref.detach() - logp).exp() - (ref.detach() - logp) - 1
+        loss = loss + (own * (-(logp - logp.detach()).exp() * advantage + 0.3 * k3)).mean() / 8
+    norm = torch.nn.utils.get_total_norm(torch.autograd.grad(loss, list(policy.parameters())))
+    what = Experience(**{**vars(what), "rollout": rollout})
+    metrics = update(engine, what, micro=micro, sampler_cap=1.5)
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert metrics["agrpo/effective_sample_size"] == pytest.approx((m.mean() ** 2 / (m**2).mean()).item(), rel=1e-4)
+    assert metrics["agrpo/sampler_dropped"] == pytest.approx((noise > math.log(1.5)).float().mean().item())
+
+
+def test_the_native_sampler_is_not_corrected():
+    metrics = update(moved()[0], experience())  # whose rollout claims log-probabilities of 0
+    assert metrics.keys().isdisjoint({"agrpo/effective_sample_size", "agrpo/sampler_dropped"})
+
+
 def test_a_second_update_is_measured_against_the_policy_that_sampled():
     engine, policy, reference = moved()
     what = experience()

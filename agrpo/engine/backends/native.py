@@ -70,6 +70,12 @@ class NativeBackend:
         self.stop = torch.tensor(list(stop))
         self.weight_version = 0
 
+    def follow(self, weight_version: int) -> None:
+        self.weight_version = weight_version
+
+    def rest(self) -> None:
+        """It holds nothing between two calls."""
+
     @torch.no_grad()
     def generate(
         self,

@@ -1,0 +1,226 @@
+"""vLLM in process: it samples from the weights that training has just left, and says so when it does not."""
+
+import importlib.util
+
+import pytest
+import torch
+from stage_runs import launch, rows, run_tiny, tiny, tiny_policy
+from tiny import SIZES, engine_of, ragged
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from agrpo.config import LoraConfig, ModelConfig, RolloutConfig
+from agrpo.engine.backends.native import Sampling
+from agrpo.engine.layout import build_layout
+from agrpo.models import make_trainable, merged_weights
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed: bash scripts/setup.sh --vllm")
+HEADS_OF_32 = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # the least that it takes on CPU
+HEADS = {**SIZES, **HEADS_OF_32}
+FAMILIES = {
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**HEADS, tie_word_embeddings=True)),
+    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**HEADS, tie_word_embeddings=False)),
+    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS, tie_word_embeddings=True)),
+    "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS, tie_word_embeddings=False)),
+}
+GREEDY = Sampling(12, greedy=True)
+CLOSE = 2e-5  # nats; measured in float32: at most 3e-6
+
+
+def prompts():
+    from agrpo.types import Prompt
+
+    return [Prompt(text="", ids=tuple(ids), slot=slot, columns={}) for slot, ids in enumerate(ragged(9)[0])]
+
+
+def model(family):
+    """Sharp enough that greedy has no near ties, also where the head is the embedding."""
+    torch.manual_seed(0)
+    lm = FAMILIES[family]()
+    torch.nn.init.normal_(lm.get_output_embeddings().weight, std=0.3)
+    return lm
+
+
+def engine(lm, zero_stage=0, dtype="float32", **vllm):
+    return engine_of(
+        lm,
+        zero_stage,
+        dtype,
+        rollout=RolloutConfig(backend="vllm", max_sequences=16, vllm=vllm),
+        longest=64,
+    )
+
+
+def train(engine, rate=0.05):
+    layout = build_layout(*ragged(1))
+    engine.backward(-engine.forward(layout)[0].mean(), True)
+    engine.step(rate)
+
+
+def plain(engine, family):
+    """Unmodified transformers with the engine's weights as they are now, adapters merged."""
+    lm = FAMILIES[family]()
+    engine.generation_mode()  # at ZeRO-3 this gathers them
+    lm.load_state_dict(dict(merged_weights(engine.whole_policy.lm)))
+    return lm.eval()
+
+
+@torch.no_grad()
+def by_transformers(lm, rollout, temperature=1.0):
+    """(C,) log-probabilities of a rollout's tokens."""
+    found = []
+    for p, tokens in zip(rollout.group.tolist(), rollout.tokens.split(rollout.lengths.tolist()), strict=True):
+        ids = torch.tensor([[*rollout.prompts[p].ids, *tokens.tolist()]])
+        log_p = (lm(ids).logits[0, -len(tokens) - 1 : -1] / temperature).log_softmax(-1)
+        found.append(log_p.gather(1, tokens[:, None])[:, 0])
+    return torch.cat(found)
+
+
+VARIANTS = [("llama-tied", 0, False), ("qwen2-untied", 2, False), ("qwen2-tied", 3, True), ("llama-untied", 0, True)]
+
+
+@needs_vllm
+@pytest.mark.parametrize(("family", "zero_stage", "lora"), VARIANTS)
+def test_it_follows_every_step_also_for_prompts_it_has_seen(family, zero_stage, lora):
+    lm = model(family)
+    if lora:
+        lm = make_trainable(lm, ModelConfig(name_or_path="x", lora=LoraConfig(rank=4, alpha=8.0)))
+    it = engine(lm, zero_stage)
+    tokens = []
+    for step in range(3):
+        greedy = it.generate(prompts(), [1] * 3, GREEDY, (0, step))
+        sampled = it.generate(prompts(), [4, 1, 2], Sampling(12, temperature=0.7), (0, step))
+        assert greedy.weight_version == sampled.weight_version == step
+        oracle = plain(it, family)
+        for prompt, own in zip(prompts(), greedy.tokens.split(greedy.lengths.tolist()), strict=True):
+            ids = torch.tensor([prompt.ids])
+            options = {"attention_mask": torch.ones_like(ids), "eos_token_id": 1, "pad_token_id": 0}
+            expected = oracle.generate(ids, max_new_tokens=12, do_sample=False, **options)
+            assert own.tolist() == expected[0, len(prompt.ids) :].tolist()
+        assert sampled.group.tolist() == [0, 0, 0, 0, 1, 2, 2]
+        for rollout, temperature in ((greedy, 1.0), (sampled, 0.7)):
+            torch.testing.assert_close(rollout.logp, by_transformers(oracle, rollout, temperature), atol=CLOSE, rtol=0)
+            for one, finished in zip(rollout.tokens.split(rollout.lengths.tolist()), rollout.finished, strict=True):
+                assert (one[-1] == 1) == finished and (one[:-1] != 1).all() and len(one) <= 12
+                assert finished or len(one) == 12
+        tokens.append(greedy.tokens.tolist())
+        before = {name: w.clone() for name, w in merged_weights(it.whole_policy.lm)}
+        train(it)
+        it.generation_mode()
+        moved = max((w - before[name]).abs().max() for name, w in merged_weights(it.whole_policy.lm))
+        assert moved > 1e-3
+    assert tokens[0] != tokens[1] != tokens[2]
+
+
+@needs_vllm
+@pytest.mark.parametrize("stale", ["weights", "prefix cache", "head"])
+def test_a_stale_engine_fails_the_check(monkeypatch, stale):
+    from agrpo.engine.backends import vllm
+
+    it = engine(model("llama-tied"))
+    backend = it._backend
+    before = it.generate(prompts(), [2] * 3, Sampling(12), (0, 0))
+    assert backend.check(before, Sampling(12)) < 1e-5
+    train(it)
+    if stale == "weights":
+        monkeypatch.setattr(backend, "_take_weights", lambda: None)
+    elif stale == "prefix cache":
+        monkeypatch.setattr(backend._llm, "reset_prefix_cache", lambda: None)
+    else:
+        monkeypatch.setattr(vllm, "_repack_head", lambda model: None)
+    # The prompts are longer than a block of the cache, so that a second reading finds the first one's.
+    long = [type(p)(p.text, p.ids * 12, p.slot, p.columns) for p in prompts()[:1]]
+    if stale == "prefix cache":
+        monkeypatch.undo()
+        it.generate(long, [2], Sampling(4), (0, 0))
+        train(it)
+        monkeypatch.setattr(backend._llm, "reset_prefix_cache", lambda: None)
+    rollout = it.generate(long, [2], Sampling(4), (0, 1))
+    with pytest.raises(vllm.SamplerMismatch, match=r"nats a token from the training forward's.*rollout.backend=native"):
+        backend.check(rollout, Sampling(4))
+
+
+@needs_vllm
+def test_the_first_rollout_is_checked_whatever_did_not_arrive(monkeypatch):
+    from agrpo.engine.backends import vllm
+
+    def without_a_norm(lm):
+        return ((name, w) for name, w in merged_weights(lm) if not name.endswith("layers.1.mlp.up_proj.weight"))
+
+    monkeypatch.setattr(vllm, "merged_weights", without_a_norm)
+    it = engine(model("qwen2-untied"))
+    with pytest.raises(vllm.SamplerMismatch):
+        it.generate(prompts(), [2] * 3, Sampling(12), (0, 0))
+
+
+KEYS = [((7, 3), 0), ((7, 3), 0), ((7, 4), 0), ((7, 3), 3)]
+
+
+@needs_vllm
+def test_the_same_call_draws_the_same_and_leaves_the_global_stream_alone():
+    it = engine(model("llama-untied"))
+    state = torch.get_rng_state()
+    draw = [it.generate(prompts(), [3] * 3, Sampling(12), key, first).tokens.tolist() for key, first in KEYS]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert draw[0] == draw[1]
+    assert len({tuple(tokens) for tokens in draw}) == 3
+
+
+@needs_vllm
+def test_top_p_is_in_its_log_probabilities_and_passes_the_check():
+    it = engine(model("llama-untied"))
+    rollout = it.generate(prompts(), [4] * 3, Sampling(12, top_p=0.6), (0, 0))
+    gap = rollout.logp - by_transformers(plain(it, "llama-untied"), rollout)
+    assert gap.max() > 0.05 and gap.min() > -CLOSE and gap.max() < -torch.tensor(0.6).log() + CLOSE
+
+
+@needs_vllm
+def test_bfloat16_is_within_its_rounding():
+    it = engine(model("qwen2-tied"), zero_stage=2, dtype="bfloat16")
+    for step in range(2):
+        rollout = it.generate(prompts(), [4] * 3, Sampling(12), (0, step))
+        assert it._backend.check(rollout, Sampling(12)) < 0.05
+        train(it, 1e-2)
+
+
+@needs_vllm
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_stage_3_runs_on_it(tmp_path, nproc):
+    model = tiny_policy(tmp_path / "model", **HEADS_OF_32)
+    overrides = [f"model.name_or_path={model}", "rollout.backend=vllm", "training.max_steps=2", "evaluation.every=1"]
+    run = run_tiny("agrpo", tmp_path / "run", *overrides, nproc=nproc)
+    steps = rows(run / "metrics.jsonl")
+    assert len(steps) == 2
+    for step in steps:
+        assert step["agrpo/effective_sample_size"] > 0.999 and step["agrpo/sampler_dropped"] == 0.0
+    assert (run / "model" / "model.safetensors").exists()
+
+
+@needs_vllm
+def test_heads_that_it_has_no_attention_for_are_refused_in_words(tmp_path):
+    model = tiny_policy(tmp_path / "model")
+    done = launch("agrpo", *tiny("agrpo", tmp_path / "run", f"model.name_or_path={model}", "rollout.backend=vllm"))
+    assert done.returncode == 2
+    assert "on a CPU has no attention for heads of 8 (it has 32, 64," in done.stderr
+
+
+@needs_vllm
+def test_preferences_are_sampled_on_it(tmp_path):
+    model = tiny_policy(tmp_path / "model", **HEADS_OF_32)
+    arguments = [f"run.dir={tmp_path}", "run.name=run", f"model.name_or_path={model}", "rollout.backend=vllm"]
+    config = tmp_path / "preferences.yaml"
+    config.write_text(
+        "data: {source: 'python:agrpo.data.tasks.chains:problems', parameters: {count: 8}}\n"
+        "sampling: {num_generations: 4, max_prompt_length: 16, max_completion_length: 16}\n"
+        "rewards: [{target: reward_models.rules.length, scale: 16, tokens: 4}]\n"
+    )
+    done = launch("preferences", "--config", config, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert rows(tmp_path / "run" / "preferences" / "train.jsonl")
+
+
+@pytest.mark.skipif(HAS_VLLM, reason="vllm is installed")
+def test_where_vllm_is_missing_the_configuration_says_how_to_get_it(tmp_path):
+    done = launch("agrpo", *tiny("agrpo", tmp_path / "run", "rollout.backend=vllm"))
+    assert done.returncode == 2
+    assert "rollout: backend: vllm is not installed; install it: bash scripts/setup.sh --vllm" in done.stderr

@@ -343,6 +343,11 @@ class RolloutConfig(Section):
             raise ValueError("backend: vllm is not installed; install it: bash scripts/setup.sh --vllm")
         return self
 
+    def require(self, sampling: SamplingConfig) -> None:
+        """Refuse what the backend cannot sample."""
+        if self.backend == "vllm" and sampling.stop:
+            raise ValueError("sampling.stop: vLLM is given no tokenizer here; leave it out, or set rollout.backend: native")
+
 
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -543,6 +548,7 @@ class PolicyConfig(StageConfig):
 
     @model_validator(mode="after")
     def _grouped(self) -> Self:
+        self.rollout.require(self.sampling)
         grouping, size = self.grouping, self.sampling.num_generations
         if grouping.kind == "adaptive" and not grouping.least <= size <= grouping.most:
             raise ValueError(
@@ -636,6 +642,7 @@ class PreferencesConfig(Section):
 
     @model_validator(mode="after")
     def _voters(self) -> Self:
+        self.rollout.require(self.sampling)
         if self.confidence == "ensemble" and len(self.rewards) < 2:
             raise ValueError("confidence: ensemble needs two rewards or more that vote; set it to none, or add one")
         _check_names(self.rewards)

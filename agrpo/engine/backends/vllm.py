@@ -110,7 +110,7 @@ class VllmBackend:
     ) -> Rollout:
         """Sample counts[p] completions of each prompt; log-probabilities are those of the distribution drawn from.
 
-        That is the one after `top_p`, where the native sampler's are those before it.
+        That is the one after top_k, top_p and min_p, where the native sampler's are those before them.
         """
         from vllm import SamplingParams, TokensPrompt
 
@@ -120,7 +120,9 @@ class VllmBackend:
             SamplingParams(
                 n=n,
                 temperature=0.0 if sampling.greedy else sampling.temperature,
+                top_k=0 if sampling.greedy else sampling.top_k,
                 top_p=1.0 if sampling.greedy else sampling.top_p,
+                min_p=0.0 if sampling.greedy else sampling.min_p,
                 max_tokens=sampling.max_completion_length,
                 seed=None if self._on_cpu or sampling.greedy else _seed(*key, slot) + first,  # sample i: + i, by vLLM
                 stop_token_ids=self.stop,
@@ -166,11 +168,13 @@ class VllmBackend:
         asked = rollout.prompts[: int(group[-1]) + 1]
         count = int(lengths.sum())
         layout = build_layout([p.ids for p in asked], group, lengths, rollout.tokens[:count])
-        temperature, top_p = (1.0, 1.0) if sampling.greedy else (sampling.temperature, sampling.top_p)
+        temperature, raised = 1.0, 0.0  # what filters leave out raises the rest: top_p by −log top_p at most
+        if not sampling.greedy:
+            temperature = sampling.temperature
+            raised = float("inf") if sampling.top_k or sampling.min_p else -float(np.log(sampling.top_p))
         own = self.policy(layout.to(self.policy.head.device), temperature)[0].cpu()
         gap = rollout.logp[:count] - own
-        # What top_p leaves out raises the rest, by −log top_p at most.
-        distance = float(torch.where(gap < 0, -gap, (gap + float(np.log(top_p))).clamp(min=0)).mean())
+        distance = float(torch.where(gap < 0, -gap, (gap - raised).clamp(min=0)).mean())
         if not distance <= TOLERANCE[self.policy.head.dtype]:
             raise SamplerMismatch(
                 f"rollout.backend: vllm: its log-probabilities are {distance:.3g} nats a token from the training"

@@ -56,9 +56,10 @@ def test_activations_are_what_autograd_saves(batch):
 @pytest.mark.parametrize(("rows", "limit"), [(5, 7), (12, 40)])
 def test_the_key_value_cache_is_what_the_native_backend_allocates(rows, limit):
     policy = Policy(model())
-    prompts = [(3,) * 11, (4,) * 11]
+    ids = [((3,) * 11, (4,) * 11)[n % 2] for n in range(rows)]
+    cache = _FlatCache(rows, 11 + limit)
     with torch.no_grad():
-        cache, _ = _FlatCache.prefill(policy.lm, prompts, torch.arange(rows) % 2, limit, torch.device("cpu"))
+        cache.join(policy.lm, ids, torch.arange(rows))
     held = sum(room.numel() * room.element_size() for room in (*cache.keys, *cache.values))
     assert memory.kv_cache(SHAPE, rows, 11, limit, 4) == held
 

@@ -346,7 +346,9 @@ class RolloutConfig(Section):
     def require(self, sampling: SamplingConfig) -> None:
         """Refuse what the backend cannot sample."""
         if self.backend == "vllm" and sampling.stop:
-            raise ValueError("sampling.stop: vLLM is given no tokenizer here; leave it out, or set rollout.backend: native")
+            raise ValueError(
+                "sampling.stop: vLLM is given no tokenizer here; leave it out, or set rollout.backend: native"
+            )
 
 
 class EngineConfig(Section):

@@ -583,6 +583,7 @@ class PolicyConfig(StageConfig):
                 "model.lora.dropout: log-probabilities of the same tokens must not be noisy here; set it to 0"
             )
         _refuse_new_model(self.model)
+        _require_temperatures(self.rollout, sampling=self.sampling, evaluation=self.evaluation)
         self._controllers_start_inside()
         _check_names(self.rewards)
         return self
@@ -617,6 +618,14 @@ def _check_names(rewards: list[RewardSpec]) -> None:
             raise ValueError(f"rewards: the gate of {spec.label} is {spec.gate.reward!r}, which is none of {others}")
 
 
+def _require_temperatures(rollout: RolloutConfig, **sections: SamplingConfig | EvaluationConfig) -> None:
+    for name, section in sections.items():
+        if rollout.backend == "vllm" and not 0.01 <= section.temperature <= 2:
+            raise ValueError(
+                f"{name}.temperature: vllm samples at 0.01 to 2, got {section.temperature}; use rollout.backend: native"
+            )
+
+
 def _refuse_new_model(model: ModelConfig) -> None:
     if model.config is not None:
         raise ValueError(
@@ -647,6 +656,7 @@ class PreferencesConfig(Section):
         self.rollout.require(self.sampling)
         if self.confidence == "ensemble" and len(self.rewards) < 2:
             raise ValueError("confidence: ensemble needs two rewards or more that vote; set it to none, or add one")
+        _require_temperatures(self.rollout, sampling=self.sampling)
         _check_names(self.rewards)
         return self
 

@@ -8,7 +8,7 @@ from stage_runs import launch, rows, run_tiny, tiny, tiny_policy
 from tiny import SIZES, engine_of, ragged
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from agrpo.config import LoraConfig, ModelConfig, RolloutConfig
+from agrpo.config import LoraConfig, ModelConfig, PolicyConfig, RolloutConfig
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.layout import build_layout
 from agrpo.models import make_trainable, merged_weights
@@ -24,7 +24,7 @@ FAMILIES = {
     "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS, tie_word_embeddings=False)),
 }
 GREEDY = Sampling(12, greedy=True)
-CLOSE = 2e-5  # nats; measured in float32: at most 3e-6
+CLOSE = 2e-5  # nats; measured in float32: at most 5.2e-6
 
 
 def prompts():
@@ -41,14 +41,13 @@ def model(family):
     return lm
 
 
-def engine(lm, zero_stage=0, dtype="float32", **vllm):
-    return engine_of(
-        lm,
-        zero_stage,
-        dtype,
-        rollout=RolloutConfig(backend="vllm", max_sequences=16, vllm=vllm),
-        longest=64,
-    )
+_ALIVE = []  # a vLLM that is collected takes the job's process group with it
+
+
+def engine(lm, zero_stage=0, dtype="float32"):
+    it = engine_of(lm, zero_stage, dtype, rollout=RolloutConfig(backend="vllm", max_sequences=16), longest=64)
+    _ALIVE.append(it)
+    return it
 
 
 def train(engine, rate=0.05):
@@ -86,10 +85,9 @@ def test_it_follows_every_step_also_for_prompts_it_has_seen(family, zero_stage, 
     if lora:
         lm = make_trainable(lm, ModelConfig(name_or_path="x", lora=LoraConfig(rank=4, alpha=8.0)))
     it = engine(lm, zero_stage)
-    tokens = []
     for step in range(3):
         greedy = it.generate(prompts(), [1] * 3, GREEDY, (0, step))
-        sampled = it.generate(prompts(), [4, 1, 2], Sampling(12, temperature=0.7), (0, step))
+        sampled = it.generate(prompts(), [4, 1, 2], Sampling(12, temperature=2.0), (0, step))
         assert greedy.weight_version == sampled.weight_version == step
         oracle = plain(it, family)
         for prompt, own in zip(prompts(), greedy.tokens.split(greedy.lengths.tolist()), strict=True):
@@ -98,18 +96,14 @@ def test_it_follows_every_step_also_for_prompts_it_has_seen(family, zero_stage, 
             expected = oracle.generate(ids, max_new_tokens=12, do_sample=False, **options)
             assert own.tolist() == expected[0, len(prompt.ids) :].tolist()
         assert sampled.group.tolist() == [0, 0, 0, 0, 1, 2, 2]
-        for rollout, temperature in ((greedy, 1.0), (sampled, 0.7)):
+        for rollout, temperature in ((greedy, 1.0), (sampled, 2.0)):
             torch.testing.assert_close(rollout.logp, by_transformers(oracle, rollout, temperature), atol=CLOSE, rtol=0)
             for one, finished in zip(rollout.tokens.split(rollout.lengths.tolist()), rollout.finished, strict=True):
                 assert (one[-1] == 1) == finished and (one[:-1] != 1).all() and len(one) <= 12
                 assert finished or len(one) == 12
-        tokens.append(greedy.tokens.tolist())
-        before = {name: w.clone() for name, w in merged_weights(it.whole_policy.lm)}
+        before = by_transformers(oracle, sampled, 2.0)
         train(it)
-        it.generation_mode()
-        moved = max((w - before[name]).abs().max() for name, w in merged_weights(it.whole_policy.lm))
-        assert moved > 1e-3
-    assert tokens[0] != tokens[1] != tokens[2]
+        assert (by_transformers(plain(it, family), sampled, 2.0) - before).abs().max() > 1000 * CLOSE
 
 
 @needs_vllm
@@ -176,10 +170,10 @@ def test_top_p_is_in_its_log_probabilities_and_passes_the_check():
 
 @needs_vllm
 def test_bfloat16_is_within_its_rounding():
-    it = engine(model("qwen2-tied"), zero_stage=2, dtype="bfloat16")
+    it = engine(model("qwen2-untied"), zero_stage=2, dtype="bfloat16")
     for step in range(2):
         rollout = it.generate(prompts(), [4] * 3, Sampling(12), (0, step))
-        assert it._backend.check(rollout, Sampling(12)) < 0.05
+        assert 1e-4 < it._backend.check(rollout, Sampling(12)) < 0.05
         train(it, 1e-2)
 
 
@@ -217,6 +211,20 @@ def test_preferences_are_sampled_on_it(tmp_path):
     done = launch("preferences", "--config", config, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert rows(tmp_path / "run" / "preferences" / "train.jsonl")
+
+
+@pytest.mark.parametrize("section", ["sampling", "evaluation"])
+def test_temperatures_that_vllm_does_not_take_are_refused(monkeypatch, section):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if it were installed
+    values = {
+        "data": {"source": "python:agrpo.data.tasks.chains:problems"},
+        "rewards": [{"target": "reward_models.rules.accuracy"}],
+        "training": {"max_steps": 1},
+        "rollout": {"backend": "vllm"},
+    }
+    assert PolicyConfig(**values, **{section: {"temperature": 2.0}}).corrects_sampler
+    with pytest.raises(ValueError, match=rf"{section}.temperature: vllm samples at 0.01 to 2, got 3.0"):
+        PolicyConfig(**values, **{section: {"temperature": 3.0}})
 
 
 @pytest.mark.skipif(HAS_VLLM, reason="vllm is installed")

@@ -20,7 +20,8 @@ _USAGE = """usage: agrpo COMMAND …
   reward       stage 2: a reward model              the same
   train        stage 3: policy optimisation         the same
   summary      what a run measured                  DIR [--json]
-  plot         a run's curves                       DIR [--out PNG]
+  plot         a run's curves, several runs' too    DIR… [--dynamics] [--out PNG]
+  report       one HTML file of a run, or several   DIR… [--out HTML] [--serve [--port N]]
   serve-reward rewards for runs elsewhere           --config FILE [--host H] [--port N]
   doctor       what works on this machine           [--config FILE] [key.path=value …] [--stage STAGE] [--json]
   theory       how far training can move a prompt   --beta B --group-size G|inf [--pass-rate Q] [--plot FILE] [--json]
@@ -46,6 +47,10 @@ def main() -> int:
         from agrpo.reporting.plots import main as plot
 
         return plot(arguments)
+    if command == "report":
+        from agrpo.reporting.report.command import main as report
+
+        return report(arguments)
     if command == "serve-reward":
         import runpy
 

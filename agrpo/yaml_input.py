@@ -84,8 +84,8 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def to_yaml(config: BaseModel) -> str:
-    """The resolved configuration as YAML, secrets redacted."""
+def redacted(config: BaseModel) -> dict[str, Any]:
+    """The resolved configuration as plain data, secrets redacted."""
 
     def redact(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
@@ -94,9 +94,12 @@ def to_yaml(config: BaseModel) -> str:
             return [redact(v) for v in value]
         return "…redacted…" if isinstance(value, str) and is_secret(key) else value
 
-    return yaml.safe_dump(
-        redact(config.model_dump(mode="json", by_alias=True)), sort_keys=False, allow_unicode=True, width=120
-    )
+    return redact(config.model_dump(mode="json", by_alias=True))
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML, secrets redacted."""
+    return yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def explain(error: ValidationError, model: type[BaseModel], path: Path) -> str:

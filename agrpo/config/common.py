@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -132,3 +133,14 @@ class EvaluationConfig(HeldOutConfig):
 class LoggingConfig(Section):
     samples_per_step: Annotated[int, Field(ge=0)] = 2
     console: bool = True
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    report_every_s: Annotated[float, Field(ge=0)] = 60.0  # report.html while the run goes on; 0: none at all
+
+    @model_validator(mode="after")
+    def _installed(self) -> Self:
+        missing = [name for name in ("wandb", "trackio") if name in self.loggers and find_spec(name) is None]
+        if missing:
+            raise ValueError(
+                f"loggers: {missing[0]} is not installed: pip install 'agrpo[{missing[0]}]', or take it out of the list"
+            )
+        return self

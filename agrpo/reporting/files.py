@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+Series = tuple[list[int], list[float]]  # steps counted from 1, values
+
 
 def to_json(value: Any) -> str:
     """One line of strict JSON. NaN and infinities become null; tensors and arrays become numbers and lists.
@@ -44,6 +46,27 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON; empty where there is no file, or it is no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_series(path: Path) -> dict[str, Series]:
+    """Each metric's finite values and their steps."""
+    series: dict[str, Series] = {}
+    for row in read_jsonl(path):
+        for name, value in row.items():
+            if isinstance(value, int | float) and name not in ("step", "time_s"):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(row["step"] + 1)
+                values.append(value)
+    return series
 
 
 def replace(path: Path, chunks: Iterable[str]) -> None:

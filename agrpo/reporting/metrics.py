@@ -1,12 +1,13 @@
-"""What a stage writes while it runs: metrics.jsonl, TensorBoard, samples.jsonl, log.txt, and a line of progress."""
+"""What a stage writes while it runs: metrics.jsonl, the loggers, samples.jsonl, log.txt, report.html, and progress."""
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from agrpo.reporting.files import read_jsonl, replace, to_json
+from agrpo.reporting.diagnostics import Finding, Record, diagnose
+from agrpo.reporting.files import read_jsonl, read_series, replace, to_json
+from agrpo.reporting.loggers import LOGGERS
+from agrpo.reporting.report.page import NAME as REPORT
+from agrpo.reporting.report.page import write_report
 
 # Each stage's headline: label, the metrics that may carry it (the first present is shown), format.
 HEADLINES: dict[str, tuple[tuple[str, tuple[str, ...], str], ...]] = {
@@ -61,14 +66,21 @@ class RunLog:
         first_step: int = 0,
         rank: int = 0,
         console: bool = True,
+        loggers: Sequence[str] = ("tensorboard",),
+        report_every_s: float = 0.0,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
+        """
+        Args:
+            loggers: where metrics go beside metrics.jsonl; names in agrpo.reporting.loggers.LOGGERS.
+            report_every_s: seconds between two writings of the run's report.html, which is written at the end too;
+                0 writes none.
+            config: the stage's configuration, plain and without secrets: the diagnostics and the loggers read it.
+        """
         self.stage, self.total_steps = stage, total_steps
         self._silent = rank != 0
         if self._silent:
             return
-        # Imported here: it takes a second, and whoever only prints a summary should not wait for it.
-        from torch.utils.tensorboard import SummaryWriter
-
         directory.mkdir(parents=True, exist_ok=True)
         metrics, samples = directory / "metrics.jsonl", directory / "samples.jsonl"
         for path in (metrics, samples):
@@ -77,7 +89,13 @@ class RunLog:
         self._metrics = metrics.open("a", encoding="utf-8")
         self._samples = samples.open("a", encoding="utf-8")
         self._log = (directory / "log.txt").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step, flush_secs=30)
+        self._directory, self._config = directory, config or {}
+        name = f"{directory.parent.name}/{stage}"
+        self._loggers = [LOGGERS[one](directory, name, first_step, self._config) for one in loggers]
+        self._series = read_series(metrics)
+        self._said = {finding.key for finding in self._diagnose()}
+        self._diagnose_every = max(1, total_steps // 100)
+        self._report_every_s, self._report_due = report_every_s, time.monotonic() + report_every_s
 
         now = time.monotonic()
         self._began = now - elapsed
@@ -108,9 +126,19 @@ class RunLog:
         self._finished.append((step + 1, now))
         self._metrics.write(to_json({"step": step, "time_s": round(now - self._began, 3), **metrics}) + "\n")
         self._metrics.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, float(value), step)
+        values = {name: float(value) for name, value in metrics.items()}
+        for logger in self._loggers:
+            logger.log(step, values)
+        for name, value in values.items():
+            if math.isfinite(value):
+                steps, curve = self._series.setdefault(name, ([], []))
+                steps.append(step + 1)
+                curve.append(value)
         self._show(step, metrics, now)
+        if (step + 1) % self._diagnose_every == 0 or step + 1 == self.total_steps:
+            self._say_findings(step)
+        if self._report_every_s and now >= self._report_due:
+            self.report()
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Keeps samples of a step: prompt, completion, each reward, advantage."""
@@ -129,13 +157,39 @@ class RunLog:
         self._log.flush()
         self._print(text)
 
+    def report(self) -> None:
+        """Writes the run's report.html. It takes a hundredth of the time at most, and no run ends for its sake."""
+        if self._silent or not self._report_every_s:
+            return
+        began = time.monotonic()
+        run = self._directory.parent
+        try:
+            write_report([run], run / REPORT)
+        except Exception as error:  # the run is worth more than its picture: said, and the run goes on
+            self.note(f"{REPORT} was not written: {type(error).__name__}: {error}")
+        ended = time.monotonic()
+        self._report_due = ended + max(self._report_every_s, 100 * (ended - began))
+
+    def _diagnose(self) -> list[Finding]:
+        return diagnose(self.stage, Record(self._series, self._config, self.total_steps))
+
+    def _say_findings(self, step: int) -> None:
+        """Each finding when it first holds, and once more, without the advice, if it does after the last step."""
+        for finding in self._diagnose():
+            if finding.key not in self._said:
+                self._said.add(finding.key)
+                self.note(f"step {step + 1}: {finding.in_words()}")
+            elif step + 1 == self.total_steps:
+                self.note(f"at the end: {finding.severity}: {finding.text}")
+
     def close(self) -> None:
         if self._silent:
             return
+        self.report()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        for file in (self._metrics, self._samples, self._log, self._board):
+        for file in (self._metrics, self._samples, self._log, *self._loggers):
             file.close()
 
     def __enter__(self) -> RunLog:

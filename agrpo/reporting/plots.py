@@ -10,10 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from agrpo.reporting.files import read_jsonl
+from agrpo.reporting.files import Series, read_series
 
-Series = tuple[list[int], list[float]]  # steps counted from 1, values
-
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
 BLUE, ORANGE, GREEN, GREY = "#3465a4", "#d9730d", "#3a8f5c", "#777777"
 
 
@@ -110,20 +121,7 @@ def plot_run(run_root: Path, out: Path | None = None) -> Path:
     count = len(panels) + bool(bins)
     columns = min(4, count)
     rows = math.ceil(count / columns)
-    style = {
-        "font.size": 9,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e6e6e6",
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-    }
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(
             rows, columns, figsize=(3.6 * columns, 2.7 * rows), squeeze=False, layout="constrained"
         )
@@ -137,18 +135,6 @@ def plot_run(run_root: Path, out: Path | None = None) -> Path:
         figure.savefig(out, dpi=150)
         pyplot.close(figure)
     return out
-
-
-def read_series(path: Path) -> dict[str, Series]:
-    """Each metric's finite values and their steps."""
-    series: dict[str, Series] = {}
-    for row in read_jsonl(path):
-        for name, value in row.items():
-            if isinstance(value, int | float) and name not in ("step", "time_s"):
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(row["step"] + 1)
-                values.append(value)
-    return series
 
 
 def _reliability(result: Path) -> list[tuple[float, float, int]]:
@@ -210,12 +196,24 @@ def _draw(axis, panel: Panel, series: Mapping[str, Series]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="agrpo.reporting.plots", description="Draws a run's curves.")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a run, such as runs/quickstart")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png in DIR")
+    from agrpo.reporting.dynamics import plot_dynamics
+
+    parser = argparse.ArgumentParser(prog="agrpo plot", description="Draws a run's curves, or several runs' dynamics.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="a run, such as runs/quickstart")
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="default: curves.png in DIR; dynamics.png here for several"
+    )
+    parser.add_argument(
+        "--dynamics", action="store_true", help="of one run too: what learns and what adapts, as for several"
+    )
     options = parser.parse_args(arguments)
+    first = options.runs[0]
     try:
-        print(plot_run(options.directory, options.out))
+        if options.dynamics or len(options.runs) > 1:
+            default = Path() if len(options.runs) > 1 else first
+            print(plot_dynamics(options.runs, options.out or default / "dynamics.png"))
+        else:
+            print(plot_run(first, options.out))
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2

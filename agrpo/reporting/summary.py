@@ -111,7 +111,7 @@ def places(run_root: Path) -> list[tuple[str, Path]]:
         ("reward model", run_root / "reward" / "model"),
         ("SFT model", run_root / "sft" / "model"),
         ("curves", run_root / "curves.png"),
-        *((f"{STAGES[stage]} report", run_root / stage / "report.html") for stage in reversed(STAGES)),
+        ("report", run_root / "report.html"),
         *((f"{STAGES[stage]} metrics", run_root / stage / "metrics.jsonl") for stage in reversed(STAGES)),
         ("summary", run_root / FILE),
     ]

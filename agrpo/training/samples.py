@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from agrpo.algorithms.advantages import zero_signal_fraction
 from agrpo.algorithms.segments import segment_sum
 from agrpo.engine import distributed
+from agrpo.engine.hybrid import HybridEngine
 from agrpo.evaluation.policy import PolicyEvaluation
 from agrpo.reporting.files import to_json
+from agrpo.training.batches import Sequences
+from agrpo.training.rollouts import take, without_silent_prompts
 from agrpo.training.scoring import Scores
 from agrpo.training.session import Session
-from agrpo.types import Experience
+from agrpo.types import Experience, Rollout
+
+MOST_PIECES = 1024  # tokens of a sample that are listed one by one
+LONGEST_CHARACTER = 4  # bytes, and so tokens, of a character in UTF-8
 
 
 def rollout_metrics(experience: Experience, rewards: Scores, seconds: float) -> dict[str, float]:
@@ -49,13 +59,36 @@ def rollout_metrics(experience: Experience, rewards: Scores, seconds: float) -> 
         **{f"rewards/{key}": sums[f"told/{key}"] / distributed.world() for key in told},
         "reward/errors": sums["errors"],
         "completions/mean_length": sums["tokens"] / sums["completions"],
+        **_length_spread(rollout),
         "completions/clipped_ratio": 1 - sums["finished"] / sums["completions"],
         "frac_reward_zero_std": sums["silent"] / sums["groups"],
         "agrpo/advantage_variance": sums["advantage"] / sums["completions"],
         "num_tokens": sums["tokens"],
         "time/step_s": seconds,
         "throughput/completion_tokens_per_s": sums["tokens"] / seconds,
+        "throughput/peak_memory_gib": distributed.max_over_ranks(_peak_memory()) / 2**30,
     }
+
+
+def _length_spread(rollout: Rollout) -> dict[str, float]:
+    """How long the completions of all ranks are, in tokens."""
+    lengths = torch.cat(distributed.gather_objects(rollout.lengths)).double()
+    p10, median, p90 = torch.quantile(lengths, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+    return {
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/length_p10": p10,
+        "completions/length_median": median,
+        "completions/length_p90": p90,
+    }
+
+
+def _peak_memory() -> int:
+    """Bytes that this process has held at most: on its GPU where it has one, else in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
 def _of_completions(experience: Experience) -> Tensor:
@@ -64,20 +97,64 @@ def _of_completions(experience: Experience) -> Tensor:
     return segment_sum(experience.advantages, lengths) / lengths
 
 
-def sample_rows(experience: Experience, rewards: Scores, count: int) -> list[dict[str, Any]]:
-    """The first completions of the step: prompt, completion, each reward, advantage."""
-    rollout, advantages = experience.rollout, _of_completions(experience)
+def sample_rows(
+    engine: HybridEngine, experience: Experience, rewards: Scores, count: int, temperature: float
+) -> list[dict[str, Any]]:
+    """The first completions of the step: prompt, completion, each reward, advantage, and its tokens one by one.
+
+    `pieces` are the tokens' texts, the end token's too; `logp` their log-probabilities as sampled, in nats, and
+    `log_ratio` those less the reference's, where there is one; `advantages` where each token has its own. At most
+    MOST_PIECES tokens of a completion are listed. Every rank takes part, since the reference may be sharded.
+    """
+    n = min(count, len(experience.rollout.texts))
+    if n == 0:
+        return []
+    advantages, of_tokens = _of_completions(experience), experience.advantages
+    first = take(experience.rollout, torch.arange(n))
+    columns: dict[str, tuple[Tensor, ...]] = {"logp": first.logp.split(first.lengths.tolist())}
+    if engine.has_reference:
+        columns["log_ratio"] = (first.logp - _reference(engine, first, temperature)).split(first.lengths.tolist())
+    own = of_tokens[: len(first.tokens)].split(first.lengths.tolist())
+    if any(bool((part != part[0]).any()) for part in own):
+        columns["advantages"] = own
+    tokens = first.tokens.split(first.lengths.tolist())
     return [
         {
-            "prompt": rollout.prompts[int(rollout.group[n])].text,
-            "completion": rollout.texts[n],
-            "rewards": dict(zip(rewards.names, experience.scores[n].tolist(), strict=True)),
-            "reward": float(experience.rewards[n]),
-            "advantage": float(advantages[n]),
-            "tokens": int(rollout.lengths[n]),
+            "prompt": first.prompts[int(first.group[k])].text,
+            "completion": first.texts[k],
+            "rewards": dict(zip(rewards.names, experience.scores[k].tolist(), strict=True)),
+            "reward": float(experience.rewards[k]),
+            "advantage": float(advantages[k]),
+            "tokens": int(first.lengths[k]),
+            "pieces": pieces(engine.tokenizer, tokens[k][:MOST_PIECES].tolist()),
+            **{name: [round(v, 3) for v in parts[k][:MOST_PIECES].tolist()] for name, parts in columns.items()},
         }
-        for n in range(min(count, len(rollout.texts)))
+        for k in range(n)
     ]
+
+
+def _reference(engine: HybridEngine, rollout: Rollout, temperature: float) -> Tensor:
+    """(C,) nats, of the rollout's tokens under the reference."""
+    rollout = without_silent_prompts(rollout)
+    sequences = Sequences([p.ids for p in rollout.prompts], rollout.group, rollout.lengths, rollout.tokens)
+    layout = sequences.layout(range(len(rollout.prompts)))
+    return engine.reference_logprobs(layout, temperature).cpu()
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token. Of a character that several tokens spell, the last token has it, the others nothing."""
+    texts: list[str] = []
+    pending: list[int] = []
+    for number in ids:
+        pending.append(number)
+        text = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
+        whole = not text.endswith("\ufffd") or len(pending) == LONGEST_CHARACTER
+        texts.append(text if whole else "")
+        if whole:
+            pending = []
+    if pending:
+        texts[-1] = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
+    return texts
 
 
 def write_evaluation(session: Session, name: str, evaluation: PolicyEvaluation) -> dict[str, Any]:

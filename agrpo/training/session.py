@@ -24,7 +24,7 @@ from agrpo.reporting.files import replace, to_json
 from agrpo.reporting.metrics import RunLog
 from agrpo.reporting.summary import record
 from agrpo.types import Demonstration, Experience, InputError, PreferenceGroup
-from agrpo.yaml_input import ConfigError, to_yaml
+from agrpo.yaml_input import ConfigError, redacted, to_yaml
 
 RESUME_LATER = 75
 _RESULT = "result.json"
@@ -71,6 +71,9 @@ class Session:
             first_step=self.first_step,
             rank=distributed.rank(),
             console=config.logging.console,
+            loggers=config.logging.loggers,
+            report_every_s=config.logging.report_every_s,
+            config=redacted(config),
         )
         self._stop_asked = False
         for name in (signal.SIGTERM, signal.SIGINT):

@@ -84,7 +84,8 @@ def main(config: PolicyConfig) -> None:
         if session.evaluation_due(step):
             metrics |= evaluate_policy(engine, held_out["validation"], verifier, evaluation, config.seed).metrics()
         log.step(step, metrics)
-        log.samples(step, sample_rows(experience, rewards, config.logging.samples_per_step))
+        few = config.logging.samples_per_step
+        log.samples(step, sample_rows(engine, experience, rewards, few, sampling.temperature))
 
     if "test" in held_out:
         after = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)

@@ -95,7 +95,7 @@ def test_a_pipe_gets_a_line_every_tenth_and_an_eta(tmp_path, capsys):
     with RunLog(tmp_path, "agrpo", 300) as log:
         for step in range(300):
             log.step(step, {"reward": 0.5, "kl": 0.25, "throughput/completion_tokens_per_s": 1234.0})
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("agrpo ")]
     assert [line.split()[1] for line in lines] == ["1/300", *(f"{n}/300" for n in range(30, 301, 30))]
     assert lines[-1] == "agrpo 300/300  0:00:00 left · reward 0.500 · KL 0.2500 · 1,234 tokens/s"
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agrpo.reporting.plots import main, plot_run, read_series, running_mean
+from agrpo.reporting.files import read_series
+from agrpo.reporting.plots import main, plot_run, running_mean
 
 pytest.importorskip("matplotlib")
 

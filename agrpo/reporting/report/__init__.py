@@ -1,0 +1,1 @@
+"""report.html: one run, or several beside each other, in one file that needs no network."""

@@ -121,7 +121,7 @@ def no_gradient(run: Record) -> Iterator[Finding]:
             "no-gradient",
             PROBLEM,
             f"the gradient was 0 in the last {FEWEST_STEPS} steps: nothing is learned",
-            "See that the rewards of a group differ (frac_reward_zero_std), and that something in the model is trainable",
+            "See that the rewards of a group differ (frac_reward_zero_std), and that something in the model can learn",
         )
 
 
@@ -160,7 +160,8 @@ def spikes(name: str, what: str) -> Any:
             yield Finding(
                 f"{what.replace(' ', '-')}-spikes",
                 WARNING if len(found) > 2 else NOTE,
-                f"{times} of the {what}{', the highest' if len(found) > 1 else ''} at step {step}: {worst:.3g}, where {middle:.3g} was usual",
+                f"{times} of the {what}{', the highest' if len(found) > 1 else ''} at step {step}: {worst:.3g},"
+                f" where {middle:.3g} was usual",
                 "Look at that step's samples. If they go on: lower training.learning_rate, lengthen"
                 " training.warmup_ratio, or clip harder (training.gradient_clipping)",
             )
@@ -290,8 +291,8 @@ def silent_groups(run: Record) -> Iterator[Finding]:
             "silent-groups",
             WARNING,
             text,
-            "Prompts are too easy, too hard, or the reward too coarse: choose prompts the policy sometimes solves, raise"
-            " sampling.num_generations, set grouping.kind: dynamic, or add a graded reward",
+            "Prompts are too easy, too hard, or the reward too coarse: choose prompts the policy sometimes solves,"
+            " raise sampling.num_generations, set grouping.kind: dynamic, or add a graded reward",
         )
 
 
@@ -304,8 +305,8 @@ def entropy_fell(run: Record) -> Iterator[Finding]:
         NOTE if _solved(run) else WARNING,
         f"entropy fell to {ends[1]:.3g} nats a token, {ends[1] / ends[0]:.0%} of the {ends[0]:.3g} it began with: the"
         " policy says nearly the same every time",
-        "Fine when the task is solved. Otherwise set controllers.entropy.kind: adaptive or objective.entropy_coef, raise"
-        " objective.epsilon_high or sampling.temperature, or lower training.learning_rate",
+        "Fine when the task is solved. Otherwise set controllers.entropy.kind: adaptive or objective.entropy_coef,"
+        " raise objective.epsilon_high or sampling.temperature, or lower training.learning_rate",
     )
 
 
@@ -347,8 +348,8 @@ def kl_explodes(run: Record) -> Iterator[Finding]:
             "kl-explodes",
             PROBLEM,
             f"the KL divergence to the reference grew from {ends[0]:.3g} to {ends[1]:.3g} nats a token, {against}",
-            "Lower training.learning_rate; raise objective.beta (controllers.beta.bounds when it adapts); read samples for"
-            " text that no longer looks like language",
+            "Lower training.learning_rate; raise objective.beta (controllers.beta.bounds when it adapts); read samples"
+            " for text that no longer looks like language",
         )
 
 
@@ -372,7 +373,7 @@ def far_from_sampler(run: Record) -> Iterator[Finding]:
             "effective-sample-size",
             WARNING,
             f"the effective sample size is {ends[1]:.0%} of the tokens: the sampler and the policy disagree",
-            "Off-policy or numerically different samples: generate in the training precision, lower the age of rollouts,"
+            "Off-policy or numerically different samples: generate in the training precision, use fresher rollouts,"
             " or use rollout.backend: native to see whether it is the backend",
         )
 
@@ -417,7 +418,7 @@ def reward_flat(run: Record) -> Iterator[Finding]:
         yield Finding(
             "reward-flat",
             WARNING,
-            f"the reward did not move in {run.steps} steps: {ends[0]:.3g} to {ends[1]:.3g} ({change:+.1f} standard errors)",
+            f"the reward did not move in {run.steps} steps: {ends[0]:.3g} to {ends[1]:.3g} ({change:+.1f} SE)",
             "If most groups are all equal, change the prompts or the reward; otherwise raise training.learning_rate or"
             " sampling.num_generations",
         )
@@ -448,8 +449,8 @@ def reward_hacking(run: Record) -> Iterator[Finding]:
 
 
 _HACKING = (
-    "Read samples with high reward. Go back to a checkpoint before the turn, raise objective.beta, add a rule beside the"
-    " learned reward, or train the reward model on this policy's samples"
+    "Read samples with high reward. Go back to a checkpoint before the turn, raise objective.beta, add a rule beside"
+    " the learned reward, or train the reward model on this policy's samples"
 )
 
 
@@ -466,8 +467,8 @@ def overfits(run: Record) -> Iterator[Finding]:
         yield Finding(
             "overfits",
             WARNING,
-            f"validation loss was lowest at step {steps[best]} ({held_out[best]:.3g}) and is {held_out[-1]:.3g} now, while"
-            " the training loss falls: overfitting",
+            f"validation loss was lowest at step {steps[best]} ({held_out[best]:.3g}) and is {held_out[-1]:.3g} now,"
+            " while the training loss falls: overfitting",
             f"Stop near step {steps[best]}, add data, or lower training.learning_rate",
         )
 

@@ -22,6 +22,7 @@ _USAGE = """usage: agrpo COMMAND …
   summary      what a run measured                  DIR [--json]
   plot         a run's curves                       DIR [--out PNG]
   serve-reward rewards for runs elsewhere           --config FILE [--host H] [--port N]
+  serve-rollout  sampling for runs elsewhere        --model DIR [--backend native|vllm] [--host H] [--port N]
   doctor       what works on this machine           [--config FILE] [key.path=value …] [--stage STAGE] [--json]
   theory       how far training can move a prompt   --beta B --group-size G|inf [--pass-rate Q] [--plot FILE] [--json]
 """
@@ -51,6 +52,10 @@ def main() -> int:
 
         sys.argv = ["agrpo serve-reward", *arguments]
         runpy.run_module("reward_models.server", run_name="__main__", alter_sys=True)  # exits; rewards stand above us
+    if command == "serve-rollout":
+        from agrpo.rollout_server import main as serve_rollout
+
+        return serve_rollout(arguments)
     if command == "doctor":
         from agrpo.doctor.command import main as doctor
 

@@ -63,8 +63,8 @@ def main(config: PolicyConfig) -> None:
 
     stream = Stream(len(prompts), config.prompts_per_rollout, config.seed, distributed.rank(), distributed.world())
     ranked = RankedData(config, tokenizer, log.note)
-    session.restore(engine, stream=stream, ranked=ranked, controllers=controllers, rewards=rewards)
     sample = Sampler(config, prompts, stream, rewards)
+    session.restore(engine, stream=stream, ranked=ranked, controllers=controllers, rewards=rewards, sampler=sample)
     for step in session.steps():
         began = perf_counter()
         rollout, scores, metrics = sample(engine, step)

@@ -1,6 +1,7 @@
 """vLLM in process: it samples from the weights that training has just left, and says so when it does not."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from tiny import SIZES, engine_of, ragged
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from agrpo.config import LoraConfig, ModelConfig, PolicyConfig, RolloutConfig
+from agrpo.engine.backends.checking import SamplerMismatch
 from agrpo.engine.backends.native import Sampling
+from agrpo.engine.backends.stopping import StopStrings
 from agrpo.engine.layout import build_layout
+from agrpo.engine.modules import whole_weights
 from agrpo.models import make_trainable, merged_weights
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -130,7 +134,7 @@ def test_a_stale_engine_fails_the_check(monkeypatch, stale):
         train(it)
         monkeypatch.setattr(backend._llm, "reset_prefix_cache", lambda: None)
     rollout = it.generate(long, [2], Sampling(4), (0, 1))
-    with pytest.raises(vllm.SamplerMismatch, match=r"nats a token from the training forward's.*rollout.backend=native"):
+    with pytest.raises(SamplerMismatch, match=r"nats a token from the training forward's.*rollout.backend=native"):
         backend.check(rollout, Sampling(4))
 
 
@@ -138,12 +142,12 @@ def test_a_stale_engine_fails_the_check(monkeypatch, stale):
 def test_the_first_rollout_is_checked_whatever_did_not_arrive(monkeypatch):
     from agrpo.engine.backends import vllm
 
-    def without_a_norm(lm):
-        return ((name, w) for name, w in merged_weights(lm) if not name.endswith("layers.1.mlp.up_proj.weight"))
+    def without_a_layer(policy):
+        return ((name, w) for name, w in whole_weights(policy) if not name.endswith("layers.1.mlp.up_proj.weight"))
 
-    monkeypatch.setattr(vllm, "merged_weights", without_a_norm)
+    monkeypatch.setattr(vllm, "whole_weights", without_a_layer)
     it = engine(model("qwen2-untied"))
-    with pytest.raises(vllm.SamplerMismatch):
+    with pytest.raises(SamplerMismatch):
         it.generate(prompts(), [2] * 3, Sampling(12), (0, 0))
 
 
@@ -191,6 +195,29 @@ def test_stage_3_runs_on_it(tmp_path, nproc):
 
 
 @needs_vllm
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(tmp_path):
+    model = tiny_policy(tmp_path / "model", **HEADS_OF_32)
+
+    def run(name):
+        reward = {"target": "interrupting_reward.length_until", "flag": str(tmp_path / name / "stop"), "call": 2}
+        own = [f"model.name_or_path={model}", f"rewards=[{json.dumps({**reward, 'number': 'SIGTERM'})}]"]
+        own += ["training.max_steps=4", "training.learning_rate=1e-3", "evaluation.test=null", "evaluation.data=null"]
+        done = launch("agrpo", *tiny("agrpo", tmp_path / name, *own, "rollout.backend=vllm"))
+        return done.returncode, tmp_path / name / "agrpo"
+
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "stop").touch()
+    (whole, straight), (stopped, _), (resumed, again) = run("straight"), run("stopped"), run("stopped")
+    assert (whole, stopped, resumed) == (0, 75, 0)
+    for mine, expected in zip(rows(again / "metrics.jsonl"), rows(straight / "metrics.jsonl"), strict=True):
+        for key in ("reward", "completions/mean_length", "loss", "grad_norm", "entropy", "kl"):
+            assert mine[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-7), (mine["step"], key)
+    assert [row["completion"] for row in rows(again / "samples.jsonl")] == [
+        row["completion"] for row in rows(straight / "samples.jsonl")
+    ]
+
+
+@needs_vllm
 def test_heads_that_it_has_no_attention_for_are_refused_in_words(tmp_path):
     model = tiny_policy(tmp_path / "model")
     done = launch("agrpo", *tiny("agrpo", tmp_path / "run", f"model.name_or_path={model}", "rollout.backend=vllm"))
@@ -232,3 +259,19 @@ def test_where_vllm_is_missing_the_configuration_says_how_to_get_it(tmp_path):
     done = launch("agrpo", *tiny("agrpo", tmp_path / "run", "rollout.backend=vllm"))
     assert done.returncode == 2
     assert "rollout: backend: vllm is not installed; install it: bash scripts/setup.sh --vllm" in done.stderr
+
+
+@needs_vllm
+def test_stop_strings_end_completions_as_they_do_in_the_native_sampler():
+    it = engine(model("llama-untied"))
+    free = it.generate(prompts(), [4] * 3, Sampling(12, temperature=2.0), (0, 0))
+    assert all(free.lengths > 5)
+    strings = (*(f"t{t}" for t in free.tokens[free.lengths.cumsum(0) - 5][:3].tolist()), "2t4")  # over two tokens
+    rollout = it.generate(prompts(), [4] * 3, Sampling(12, temperature=2.0, stop=strings), (0, 0))
+    ends = 0
+    for ids, finished in zip(rollout.tokens.split(rollout.lengths.tolist()), rollout.finished.tolist(), strict=True):
+        watch = StopStrings(it.tokenizer, strings, 1)
+        said = [watch.ended([0], [token])[0] for token in ids.tolist()]
+        assert not any(said[:-1]) and finished == (said[-1] or ids[-1] == 1)
+        ends += said[-1]
+    assert ends >= 3

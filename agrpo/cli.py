@@ -53,8 +53,13 @@ def main() -> int:
         sys.argv = ["agrpo serve-reward", *arguments]
         runpy.run_module("reward_models.server", run_name="__main__", alter_sys=True)  # exits; rewards stand above us
     if command == "serve-rollout":
-        from agrpo.rollout_server import main as serve_rollout
+        from agrpo.types import InputError
 
+        try:
+            from agrpo.rollout_server import main as serve_rollout
+        except InputError as error:  # an extra that is not installed
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return serve_rollout(arguments)
     if command == "doctor":
         from agrpo.doctor.command import main as doctor

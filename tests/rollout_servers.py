@@ -24,14 +24,15 @@ TOKEN = "a-token-of-the-tests-0123456789"
 os.environ["AGRPO_ROLLOUT_TOKEN"] = TOKEN
 
 
-def serving(lm, **rollout):
+def serving(lm, max_sequences=4):
     """The URL of a server in a thread, of a model like `lm` that holds no numbers yet, and what it serves."""
     base = causal_lm(lm)
     its = type(base)(copy.deepcopy(base.config))
     for weight in its.parameters():
         weight.data.fill_(torch.nan)
     policy = Policy(its).eval()
-    backend = build_backend(RolloutConfig(max_sequences=4, **rollout), policy, tokenizer=tokenizer(), stop=[1])
+    rollout = RolloutConfig(max_sequences=max_sequences)
+    backend = build_backend(rollout, policy, tokenizer=tokenizer(), stop=[1])
     served = Served(policy, backend, "native", stop=[1])
     listener = bound("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(application(served, TOKEN, 100), log_level="warning", lifespan="off"))

@@ -44,8 +44,8 @@ def on_vllm(lm, max_sequences=16, **options):
     return _ALIVE[-1]
 
 
-def on_servers(lm, max_sequences=None, **options):
-    urls = [serving(lm)[0] for _ in range(2)]
+def on_servers(lm, max_sequences=4, **options):
+    urls = [serving(lm, max_sequences)[0] for _ in range(2)]
     return engine_of(lm, rollout=RolloutConfig(backend="server", servers={"urls": urls}), **options)
 
 

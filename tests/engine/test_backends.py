@@ -35,13 +35,10 @@ from agrpo.engine.modules import causal_lm, whole_weights
 from agrpo.models import make_trainable
 from agrpo.types import Prompt
 
-_ALIVE = []  # a vLLM that is collected takes the job's process group with it
-
 
 def on_vllm(lm, max_sequences=16, **options):
     rollout = RolloutConfig(backend="vllm", max_sequences=max_sequences)
-    _ALIVE.append(engine_of(lm, rollout=rollout, longest=64, **options))
-    return _ALIVE[-1]
+    return engine_of(lm, rollout=rollout, longest=64, **options)
 
 
 def on_servers(lm, max_sequences=4, **options):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rollout_servers import TOKEN, server_process, serving
 from safetensors.torch import save
-from stage_runs import launch, rows, run_several, tiny, tiny_policy
+from stage_runs import LENGTH_REWARD, launch, rows, run_several, tiny, tiny_policy
 from tiny import FAMILIES, engine_of, ragged
 
 from agrpo.config import PolicyConfig, RolloutConfig
@@ -169,7 +169,13 @@ def test_a_rollout_that_is_begun_is_sampled_beside_the_update_by_the_weights_of_
 def test_a_stage_on_server_processes_is_the_stage_in_one_process_and_a_dead_server_ends_it(tmp_path):
     folder = tiny_policy(tmp_path / "model")
     common = [f"model.name_or_path={folder}", "training.max_steps=3", "training.learning_rate=1e-3"]
-    common += ["evaluation.test=null", "evaluation.every=2", "logging.samples_per_step=16", "rollout.ahead=1"]
+    common += [
+        LENGTH_REWARD,
+        "evaluation.test=null",
+        "evaluation.every=2",
+        "logging.samples_per_step=16",
+        "rollout.ahead=1",
+    ]
     with server_process(folder) as (one, _), server_process(folder) as (other, process):
         servers = ["rollout.backend=server", f"rollout.servers={{urls: ['{one}', '{other}']}}"]
         runs = [("agrpo", tmp_path / "native", common), ("agrpo", tmp_path / "server", [*common, *servers])]

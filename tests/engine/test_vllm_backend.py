@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from rollout_servers import server_process
-from stage_runs import launch, rows, run_tiny, tiny, tiny_policy
+from stage_runs import LENGTH_REWARD, launch, rows, run_tiny, tiny, tiny_policy
 from tiny import SIZES, engine_of, ragged
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -223,7 +223,13 @@ def test_a_stage_samples_on_a_vllm_server_one_step_ahead(tmp_path):
     model = tiny_policy(tmp_path / "model", **HEADS_OF_32)
     with server_process(model, "--backend", "vllm", "--longest", "64") as (url, _):
         own = [f"model.name_or_path={model}", "rollout.backend=server", f"rollout.servers={{urls: ['{url}']}}"]
-        own += ["rollout.ahead=1", "training.max_steps=3", "training.learning_rate=1e-3", "evaluation.every=2"]
+        own += [
+            LENGTH_REWARD,
+            "rollout.ahead=1",
+            "training.max_steps=3",
+            "training.learning_rate=1e-3",
+            "evaluation.every=2",
+        ]
         run = run_tiny("agrpo", tmp_path / "run", *own)
     steps = rows(run / "metrics.jsonl")
     assert [step["agrpo/staleness"] for step in steps] == [0.0, 2.0, 2.0]

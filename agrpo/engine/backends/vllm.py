@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 _NO_VERSION = -1
+_LEAST_BATCHED_TOKENS = 2048  # vLLM's own default is this or more
 
 
 class VllmBackend:
@@ -171,6 +172,8 @@ def _start(
         options["block_size"] = 32  # measured much faster than its default there
     else:
         options |= {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
+    if rollout.max_sequences > _LEAST_BATCHED_TOKENS:
+        options["max_num_batched_tokens"] = rollout.max_sequences  # a decoding step has a token of each
     if distributed.world() > 1:
         options["distributed_executor_backend"] = "external_launcher"  # one vLLM in each process of this job
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
@@ -178,7 +181,7 @@ def _start(
         tokenizer.save_pretrained(folder)  # it decodes what it samples, to find the strings that end a completion
         set_num_threads = torch.set_num_threads  # its CPU build puts a function that does nothing in the place
         try:
-            return LLM(
+            llm = LLM(
                 folder,
                 load_format="dummy",
                 generation_config="vllm",  # its defaults: what is sampled, and how, each call says
@@ -191,6 +194,9 @@ def _start(
             )
         finally:
             torch.set_num_threads = set_num_threads
+    # At its end, and at the process's, it would take the process groups of the whole job down with it.
+    llm.llm_engine.engine_core._finalizer.detach()
+    return llm
 
 
 def _require_attention(config: PretrainedConfig) -> None:

@@ -46,13 +46,8 @@ def model(family):
     return lm
 
 
-_ALIVE = []  # a vLLM that is collected takes the job's process group with it
-
-
 def engine(lm, zero_stage=0, dtype="float32"):
-    it = engine_of(lm, zero_stage, dtype, rollout=RolloutConfig(backend="vllm", max_sequences=16), longest=64)
-    _ALIVE.append(it)
-    return it
+    return engine_of(lm, zero_stage, dtype, rollout=RolloutConfig(backend="vllm", max_sequences=16), longest=64)
 
 
 def train(engine, rate=0.05):

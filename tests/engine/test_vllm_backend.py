@@ -178,13 +178,14 @@ def test_bfloat16_is_within_its_rounding():
 
 
 @needs_vllm
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_stage_3_runs_on_it(tmp_path, nproc):
+@pytest.mark.parametrize(("nproc", "zero_stage"), [(1, 0), (2, 0), (2, 3)])
+def test_stage_3_runs_on_it(tmp_path, nproc, zero_stage):
     model = tiny_policy(tmp_path / "model", **HEADS_OF_32)
-    overrides = [f"model.name_or_path={model}", "rollout.backend=vllm", "training.max_steps=2", "evaluation.every=1"]
+    overrides = [f"model.name_or_path={model}", "rollout.backend=vllm", "training.max_steps=3", "evaluation.every=1"]
+    overrides += [LENGTH_REWARD, "training.learning_rate=1e-3", f"engine.zero_stage={zero_stage}"]
     run = run_tiny("agrpo", tmp_path / "run", *overrides, nproc=nproc)
     steps = rows(run / "metrics.jsonl")
-    assert len(steps) == 2
+    assert len(steps) == 3
     for step in steps:
         assert step["agrpo/effective_sample_size"] > 0.999 and step["agrpo/sampler_dropped"] == 0.0
     assert (run / "model" / "model.safetensors").exists()

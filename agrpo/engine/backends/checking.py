@@ -11,7 +11,7 @@ from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy, causal_lm
 from agrpo.types import Rollout
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # nats a token, mean; other weights are off by whole nats
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # nats a token, mean; other weights are off by whole nats
 _CHECKED_TOKENS = 512
 
 

@@ -6,6 +6,7 @@ vLLM is imported when the backend is made, and in this file alone.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import tempfile
 from collections.abc import Sequence
@@ -196,6 +197,7 @@ def _start(
             torch.set_num_threads = set_num_threads
     # At its end, and at the process's, it would take the process groups of the whole job down with it.
     llm.llm_engine.engine_core._finalizer.detach()
+    gc.unfreeze()  # it froze all objects there are, and would have undone that at its end
     return llm
 
 

@@ -199,6 +199,7 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(tmp_path):
         reward = {"target": "interrupting_reward.length_until", "flag": str(tmp_path / name / "stop"), "call": 2}
         own = [f"model.name_or_path={model}", f"rewards=[{json.dumps({**reward, 'number': 'SIGTERM'})}]"]
         own += ["training.max_steps=4", "training.learning_rate=1e-3", "evaluation.test=null", "evaluation.data=null"]
+        own += ["logging.samples_per_step=16"]
         done = launch("agrpo", *tiny("agrpo", tmp_path / name, *own, "rollout.backend=vllm"))
         return done.returncode, tmp_path / name / "agrpo"
 

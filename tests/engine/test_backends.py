@@ -248,6 +248,6 @@ def test_samples_follow_the_filtered_distribution(name, backend, filters):
     assert follows(rollout.tokens, p)
     before = (logits[0] / temperature).log_softmax(0)
     expected = (p.log() if name == "vllm" else before)[rollout.tokens]  # vLLM tells those after the filters
-    torch.testing.assert_close(rollout.logp, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.logp, expected, atol=2e-5, rtol=0)
     if not filters:
         assert not follows(rollout.tokens, (logits[0] / 1.2).softmax(0))  # the test has power

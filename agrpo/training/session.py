@@ -22,6 +22,7 @@ from agrpo.engine.hybrid import HybridEngine, TrainingDiverged
 from agrpo.engine.modules import Policy, causal_lm
 from agrpo.reporting.files import replace, to_json
 from agrpo.reporting.metrics import RunLog
+from agrpo.reporting.model_card import model_card
 from agrpo.reporting.summary import record
 from agrpo.types import Demonstration, Experience, InputError, PreferenceGroup
 from agrpo.yaml_input import ConfigError, to_yaml
@@ -177,7 +178,8 @@ class Session:
             partial, final = self.directory / ".model.partial", self.directory / "model"
             shutil.rmtree(partial, ignore_errors=True)
             save_model(partial)
-            (partial / "README.md").write_text(self._model_card(results), encoding="utf-8")
+            card = model_card(self.config, self.stage, results)
+            (partial / "README.md").write_text(card, encoding="utf-8")
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             seconds = time.monotonic() - self._began
@@ -189,18 +191,6 @@ class Session:
         self.log.close()
         distributed.stop()
 
-    def _model_card(self, results: Mapping[str, Any]) -> str:
-        model = self.config.model
-        origin = model.name_or_path or model.gguf or f"{model.config['model_type']}, initialised at random"
-        measured = "\n".join(f"- {name}: {_short(value)}" for name, value in results.items())
-        classifies = self.stage == "reward" and self.config.kind == "head"
-        kind = "text-classification" if classifies else "text-generation"
-        return (
-            f"---\nlibrary_name: transformers\npipeline_tag: {kind}\ntags: [agrpo, {self.stage}]\n---\n"
-            f"# {self.config.run.name}, stage {self.stage}\n\nTrained with agrpo {agrpo.__version__} from `{origin}`"
-            f" for {self.config.training.max_steps} steps, seed {self.config.seed}.\n\n## Measured\n\n{measured}\n"
-        )
-
 
 def _texts(batch: Experience | Sequence[Demonstration | PreferenceGroup]) -> list[dict[str, Any]]:
     """A batch's rows for a person to read: prompt and completions, of an experience the rewards too."""
@@ -211,10 +201,6 @@ def _texts(batch: Experience | Sequence[Demonstration | PreferenceGroup]) -> lis
         return [{"prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in columns]
     kept = ("prompt", "completion", "completions", "levels")
     return [{key: value for key, value in vars(row).items() if key in kept} for row in batch]
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _identity(config: StageConfig) -> dict[str, Any]:

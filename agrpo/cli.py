@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ _STAGES = {
     "reward": "stage2_reward/main.py",
     "train": "stage3_agrpo/main.py",
 }
+_TOOLS = {"merge": "agrpo.merge", "push": "agrpo.reporting.hub", "export": "agrpo.export"}
 _MEASURES = {"eval": "evaluation/evaluate.py", "compare": "evaluation/compare.py"}
 _USAGE = """usage: agrpo COMMAND …
 
@@ -49,6 +51,8 @@ def main() -> int:
         from agrpo.launch import main as launch
 
         return launch([str(_ROOT / "stages" / _MEASURES[command]), *arguments], check=lambda arguments: None)
+    if command in _TOOLS:
+        return importlib.import_module(_TOOLS[command]).main(arguments)
     if command == "summary":
         from agrpo.reporting.summary import main as summary
 
@@ -62,6 +66,11 @@ def main() -> int:
 
         sys.argv = ["agrpo serve-reward", *arguments]
         runpy.run_module("reward_models.server", run_name="__main__", alter_sys=True)  # exits; rewards stand above us
+    if command == "chat":
+        import runpy
+
+        sys.argv = ["agrpo chat", *arguments]
+        runpy.run_path(str(_ROOT / "stages" / "evaluation" / "chat.py"), run_name="__main__")  # exits
     if command == "doctor":
         from agrpo.doctor.command import main as doctor
 

@@ -195,6 +195,8 @@ def _values(benchmark: Benchmark, location: str, row: Row) -> dict[str, Any]:
             raise DataError(f"{location}: has no column {wanted!r}, it has {', '.join(row)}{hint}")
     mapped = {key: value for key, value in row.items() if key not in benchmark.columns.values()}
     mapped |= {ours: row[theirs] for ours, theirs in benchmark.columns.items()}
+    if "prompt" not in mapped and benchmark.prepare is dict:
+        raise DataError(f"{location}: has no column 'prompt', it has {', '.join(row)}; say which with --prompt-column")
     try:
         return {**mapped, **benchmark.prepare(mapped)}
     except (ValueError, TypeError, AttributeError) as error:

@@ -26,13 +26,18 @@ def find_model(name: str) -> str:
         if name.count("/") == 1 and not name.startswith((".", "/")):
             return name
         raise InputError(f"{name}: no such folder; give a run's, a model's, or a Hub id such as owner/name")
-    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+    if (folder / "config.json").is_file():
         return str(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{name}: is an adapter, not a whole model: agrpo merge {name} OUT makes one")
     for candidate in (folder / "model", *(folder / stage / "model" for stage in _STAGES)):
         if (candidate / "config.json").is_file():
             return str(candidate)
     if any((folder / stage).is_dir() for stage in _STAGES) or (folder / "config.yaml").is_file():
-        raise InputError(f"{name}: the run has no model/ yet: finish it first (run its stage again to resume)")
+        raise InputError(
+            f"{name}: the run has no model/ yet: run its stage again to finish it, or agrpo merge {name} OUT"
+            " takes its newest checkpoint"
+        )
     raise InputError(f"{name}: holds neither a model (config.json) nor a run of agrpo (sft/, agrpo/)")
 
 

@@ -16,7 +16,7 @@ from agrpo.types import InputError
 from reward_models.grading import grading
 
 REWARD = {"target": "reward_models.rules.length", "scale": 16, "tokens": 4}
-HOW = How(samples=3, max_completion_length=12, pass_at=0.3)
+HOW = How(samples=3, max_completion_length=12, pass_at=-0.3)
 ROLLOUT = RolloutConfig(max_sequences=6)  # two prompts a batch
 
 
@@ -52,7 +52,7 @@ def test_every_prompt_has_its_completions_and_grades(whole):
     for row in rows:
         assert len(row["samples"]) == 3 and len({one["text"] for one in row["samples"]}) > 1
         for one in [*row["samples"], row["greedy"]]:
-            assert one["reward"] == one["scores"]["length"] and one["passes"] == (one["reward"] >= 0.3)
+            assert one["reward"] == one["scores"]["length"] and one["passes"] == (one["reward"] >= -0.3)
             assert 1 <= one["tokens"] <= 12
     told = summarise(rows)
     assert {"pass1", "pass_k", "greedy", "n", "interval", "maj_k", "mean_reward", "mean_length"} <= told.keys()
@@ -134,7 +134,7 @@ def test_a_reward_that_fails_ends_the_evaluation(policy, data, tmp_path):
 
 def agrpo_eval(policy, data, out, *arguments, nproc=1):
     command = [sys.executable, "-m", "agrpo.cli", "eval", "--model", policy, "--data", str(data)]
-    command += ["--prompt-column", "q", "--answer-column", "a", "--pass-at", "0.3", "--samples", "3"]
+    command += ["--prompt-column", "q", "--answer-column", "a", "--pass-at=-0.3", "--samples", "3"]
     command += ["--max-tokens", "12", "--max-sequences", "6", "--out", str(out), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment(nproc), capture_output=True, text=True, timeout=300)
 

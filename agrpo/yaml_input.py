@@ -73,7 +73,7 @@ def set_path(values: dict[str, Any], override: str) -> None:
     here: Any = values
     parts = key.split(".")
     for part, following in pairwise(parts):
-        place = _index(here, part, key) if isinstance(here, list) else part
+        place: Any = _index(here, part, key) if isinstance(here, list) else part
         inside = here[place] if isinstance(here, list) else here.get(part)
         if not isinstance(inside, dict | list):
             inside = here[place] = [] if following.isdigit() else {}

@@ -56,7 +56,8 @@ def read_value(text: str, name: str, *kinds: type) -> Any:
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, kinds):
-        wanted = " or ".join({dict: "a mapping such as {key: value}", str: "a text"}[kind] for kind in kinds)
+        names: dict[type, str] = {dict: "a mapping such as {key: value}", str: "a text"}
+        wanted = " or ".join(names[kind] for kind in kinds)
         raise ConfigError(f"{name}: {text!r} is not {wanted}")
     return value
 

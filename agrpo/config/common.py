@@ -1,7 +1,8 @@
-"""The sections that every stage has: run, model, data, training, engine, checkpoint, evaluation, logging."""
+"""The sections that every stage has: run, model, data, training, engine, checkpoint, evaluation, logging, hub."""
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -143,4 +144,18 @@ class LoggingConfig(Section):
             raise ValueError(
                 f"loggers: {missing[0]} is not installed: pip install 'agrpo[{missing[0]}]', or take it out of the list"
             )
+        return self
+
+
+class HubConfig(Section):
+    """Sharing the model on the Hub: off unless a repository is named. The token is HF_TOKEN of the environment."""
+
+    push: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None  # owner/name; null: nothing is sent
+    strategy: Literal["end", "every_save"] = "end"  # every_save: with each checkpoint too
+    private: bool = True  # of a repository that is made; a public one is refused
+
+    @model_validator(mode="after")
+    def _allowed(self) -> Self:
+        if self.push is not None and not os.environ.get("HF_TOKEN"):
+            raise ValueError("push: needs a token that may write: set HF_TOKEN in the environment, in no file")
         return self

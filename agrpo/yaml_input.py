@@ -107,7 +107,8 @@ def redacted(config: BaseModel) -> dict[str, Any]:
             return [redact(v) for v in value]
         return "…redacted…" if isinstance(value, str) and is_secret(key) else value
 
-    return redact(config.model_dump(mode="json", by_alias=True))
+    plain: dict[str, Any] = redact(config.model_dump(mode="json", by_alias=True))
+    return plain
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from agrpo.types import InputError
 
-_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+_SECRET = re.compile(r"token|secret|passw|credential|authorization|api_?key|private_?key", re.IGNORECASE)
+_REDACTED = "…redacted…"
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 def is_secret(name: str) -> bool:
@@ -84,19 +86,24 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def to_yaml(config: BaseModel) -> str:
-    """The resolved configuration as YAML, secrets redacted."""
+def redacted(config: BaseModel) -> dict[str, Any]:
+    """The resolved configuration as plain values, without its secrets: what may be written to disk or shown."""
 
     def redact(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {k: redact(v, k) for k, v in value.items()}
+            return {k: redact(v, k if not is_secret(key) else key) for k, v in value.items()}
         if isinstance(value, list):
-            return [redact(v) for v in value]
-        return "…redacted…" if isinstance(value, str) and is_secret(key) else value
+            return [redact(v, key) for v in value]
+        if not isinstance(value, str):
+            return value
+        return _REDACTED if is_secret(key) else _USER_IN_URL.sub(_REDACTED, value)
 
-    return yaml.safe_dump(
-        redact(config.model_dump(mode="json", by_alias=True)), sort_keys=False, allow_unicode=True, width=120
-    )
+    return redact(config.model_dump(mode="json", by_alias=True))
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML, secrets redacted."""
+    return yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def explain(error: ValidationError, model: type[BaseModel], path: Path) -> str:

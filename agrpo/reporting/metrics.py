@@ -63,6 +63,7 @@ class RunLog:
         console: bool = True,
     ) -> None:
         self.stage, self.total_steps = stage, total_steps
+        self.latest: Mapping[str, float] = {}  # metrics of the last step
         self._silent = rank != 0
         if self._silent:
             return
@@ -104,6 +105,7 @@ class RunLog:
         if taken := {"step", "time_s"} & metrics.keys():
             raise ValueError(f"a metric may not be called {taken.pop()}: metrics.jsonl has that name already")
         now = time.monotonic()
+        self.latest = metrics
         self._last_step = step
         self._finished.append((step + 1, now))
         self._metrics.write(to_json({"step": step, "time_s": round(now - self._began, 3), **metrics}) + "\n")

@@ -18,8 +18,8 @@ from agrpo.training.session import Session
 from agrpo.types import Experience
 
 
-def rollout_metrics(experience: Experience, rewards: Scores, seconds: float) -> dict[str, float]:
-    """Of a step's rollout before pruning, over all ranks; `seconds` are the whole step's."""
+def rollout_metrics(experience: Experience, rewards: Scores) -> dict[str, float]:
+    """Of a step's rollout before pruning, over all ranks."""
     rollout, total, scores = experience.rollout, experience.rewards, experience.scores
     scored = torch.isfinite(total)
     finite = total[scored].double()
@@ -53,8 +53,6 @@ def rollout_metrics(experience: Experience, rewards: Scores, seconds: float) -> 
         "frac_reward_zero_std": sums["silent"] / sums["groups"],
         "agrpo/advantage_variance": sums["advantage"] / sums["completions"],
         "num_tokens": sums["tokens"],
-        "time/step_s": seconds,
-        "throughput/completion_tokens_per_s": sums["tokens"] / seconds,
     }
 
 

@@ -31,6 +31,7 @@ import torch.utils.tensorboard
 from stage_runs import LENGTH_REWARD, MAINS, ROOT, environment, tiny, tiny_policy
 
 from agrpo.engine import checkpoint, distributed
+from agrpo.engine.backends.native import NativeBackend
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.training import session
 
@@ -131,6 +132,30 @@ def poison(rank, first, last):
         return norm
 
     HybridEngine.backward, HybridEngine.step = poisoned, checked
+
+
+def run_out_of_memory(where):
+    """Once: in the forward or backward of the fourth optimiser step's second micro-batch, or the third generation."""
+    step, steps, calls = HybridEngine.step, 0, 0
+    on_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    on_cpu = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory")
+    kind, error = (NativeBackend, on_gpu) if where == "generate" else (HybridEngine, on_cpu)
+    act = getattr(kind, where)
+
+    def counted(self, rate):
+        nonlocal steps, calls
+        steps, calls = steps + 1, 0
+        return step(self, rate)
+
+    def failing(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if (steps, calls) == ((4, 1) if where == "generate" else (3, 2)):
+            raise error
+        return act(self, *args, **kwargs)
+
+    HybridEngine.step = counted
+    setattr(kind, where, failing)
 
 
 # Jobs.
@@ -408,7 +433,48 @@ class Campaign:
         finally:
             subprocess.run(["umount", str(disk)], check=False)
 
+    def memory(self):
+        """Out of memory: smaller pieces, the same rewards exactly, the same gradient up to the order of its sum."""
+        began, passed = time.monotonic(), 0
+        more = ["training.micro_batch_tokens=90", "sampling.prompts_per_step=4", "training.max_steps=4"]
+        folder = self.place()
+        assert run("agrpo", self.arguments("agrpo", folder, *more), folder) == [0]
+        enough = _rows(folder / "agrpo" / "metrics.jsonl")
+        for where in ("forward", "backward", "generate"):
+            folder = self.place()
+            arguments = self.arguments("agrpo", folder, *more)
+            codes = run("agrpo", arguments, folder, fault=lambda w=where: run_out_of_memory(w))
+            said = (folder / "agrpo" / "log.txt").read_text() + (folder / "rank-0.txt").read_text()
+            told = "half as many sequences" if where == "generate" else "micro-batches of 45 tokens"
+            short = _rows(folder / "agrpo" / "metrics.jsonl")
+            same = len(short) == 4 and all(_alike(a, b) for a, b in zip(short, enough, strict=True))
+            if codes == [0] and told in said and same:
+                passed += 1
+            else:
+                print(f"  {where}: {codes} {told in said} {same} in {folder}", flush=True)
+        folder = self.place()
+        arguments = self.arguments("agrpo", folder, *more, "engine.zero_stage=2")
+        codes = run("agrpo", arguments, folder, 1, lambda: run_out_of_memory("forward"))
+        passed += codes == [2] and "training.micro_batch_tokens=45" in (folder / "rank-0.txt").read_text()
+        self.tell("out of memory in forward, backward, generation; refused with ZeRO", passed, 4, began)
+
     # The launcher's, with processes of their own.
+
+    def dead_launcher(self):
+        """The launcher is killed outright: its ranks see that it is gone, save, and end."""
+        began = time.monotonic()
+        folder = self.place()
+        job = self.start(self.arguments("agrpo", folder, "training.max_steps=9999"), folder, 2)
+        self.wait_for(folder / "agrpo" / "metrics.jsonl", 1.0)
+        ranks = children(job.pid)
+        job.kill()
+        job.wait()
+        since = time.monotonic()
+        wait_until(lambda: not any(runs(pid) for pid in ranks), 25)
+        took = time.monotonic() - since
+        left = [pid for pid in ranks if runs(pid)]
+        saved = [path.name for path in (folder / "agrpo" / "checkpoints").glob("step-*")]
+        self.tell("launcher of 2 ranks killed", int(not left and len(saved) == 1), 1, began, f"{took:.1f} s, saved")
 
     def terms(self):
         """SIGTERM and SIGUSR1 to run.sh at random moments: exit code 75 within 25 s, no orphans, then resumed."""
@@ -495,6 +561,18 @@ class Campaign:
         return "\n".join(lines)
 
 
+def _rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _alike(row, other):
+    exact = ("reward", "completions/mean_length")
+    close = ("loss", "grad_norm", "entropy", "kl")
+    return all(row[key] == other[key] for key in exact) and all(
+        abs(row[key] - other[key]) <= 1e-7 + 1e-4 * abs(other[key]) for key in close
+    )
+
+
 def _grow(disk):
     """Fill the disk up after the second checkpoint."""
     save = checkpoint.Writer.save
@@ -531,7 +609,8 @@ def wait_until(holds, seconds):
         time.sleep(0.05)
 
 
-NAMES = ("exact", "exact_alone", "kills", "flips", "poisons", "full_disk", "terms", "dead_rank", "hung_rank")
+NAMES = ("exact", "exact_alone", "kills", "flips", "poisons", "full_disk", "memory")
+NAMES += ("terms", "dead_rank", "hung_rank", "dead_launcher")
 
 
 def main():

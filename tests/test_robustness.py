@@ -1,13 +1,11 @@
 """Faults of one process and of several: a short fault campaign, memory that runs out, a disk that is full, secrets."""
 
-import os
 import re
-import signal
 import subprocess
 import sys
 
 import pytest
-from stage_runs import LENGTH_REWARD, ROOT, environment, launch, rows, tiny, tiny_policy
+from stage_runs import LENGTH_REWARD, ROOT, environment, tiny, tiny_policy
 
 NO_TESTS = ["evaluation.data=null", "evaluation.test=null"]
 
@@ -30,42 +28,17 @@ def python(*arguments, **more):
 
 def test_a_short_fault_campaign(tmp_path):
     table = tmp_path / "table.md"
-    parts = ["exact", "exact_alone", "kills", "flips", "poisons", "full_disk"]
+    parts = ["exact", "exact_alone", "kills", "flips", "poisons", "full_disk", "memory"]
     done = python("tests/chaos.py", "--short", "--table", table, "--only", *parts)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     counts = re.findall(r"\| (\d+)/(\d+) \|", table.read_text(encoding="utf-8"))
-    assert len(counts) >= 7 and all(passed == of for passed, of in counts)
+    assert len(counts) == 8 and all(passed == of for passed, of in counts)
 
 
 def test_a_dead_rank_ends_the_job_and_is_named_and_a_signal_to_the_launcher_saves(tmp_path):
     """The launcher's own: two ranks as processes, one killed; a hung one; SIGUSR1 while they set up."""
     done = python("tests/chaos.py", "--short", "--only", "dead_rank", "hung_rank", "terms")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-
-
-def metrics(run):
-    return rows(run / "agrpo" / "metrics.jsonl")
-
-
-def test_out_of_memory_goes_on_in_smaller_pieces_with_the_same_gradient(policy, tmp_path):
-    own = [f"model.name_or_path={policy}", *NO_TESTS, LENGTH_REWARD, "training.learning_rate=1e-3"]
-    own += ["training.micro_batch_tokens=90", "training.max_steps=3", "sampling.max_completion_length=8"]
-    done = launch("agrpo", *tiny("agrpo", tmp_path / "enough", *own))
-    assert done.returncode == 0, done.stderr[-3000:]
-    for where in ("forward", "backward", "generate"):
-        done = python("tests/oom_runs.py", "agrpo", where, *tiny("agrpo", tmp_path / where, *own))
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "out of memory in " in done.stdout + done.stderr
-        assert ("micro-batches of 45 tokens" in done.stdout) == (where != "generate")
-        for short, enough in zip(metrics(tmp_path / where), metrics(tmp_path / "enough"), strict=True):
-            for key in ("reward", "completions/mean_length"):
-                assert short[key] == enough[key]
-            for key in ("loss", "grad_norm", "entropy", "kl"):
-                assert short[key] == pytest.approx(enough[key], rel=1e-4, abs=1e-7)
-    refused = python(
-        "tests/oom_runs.py", "agrpo", "forward", *tiny("agrpo", tmp_path / "z", *own, "engine.zero_stage=2")
-    )
-    assert refused.returncode == 2 and "training.micro_batch_tokens=45" in refused.stderr
 
 
 SECRET, HIDDEN = "sk-correct-horse-battery", "hf-staple-of-the-environment"
@@ -118,26 +91,3 @@ def test_a_yaml_file_cannot_make_objects(tmp_path):
     (tmp_path / "c.yaml").write_text("run: !!python/object/apply:os.system ['touch ran']\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="not YAML"):
         read_yaml(tmp_path / "c.yaml")
-
-
-def test_a_stopped_rank_leaves_no_process_behind(policy, tmp_path):
-    """The launcher is killed outright: its ranks see that it is gone, save, and end."""
-    own = [f"model.name_or_path={policy}", *NO_TESTS, LENGTH_REWARD, "training.max_steps=9999", "logging.console=false"]
-    job = subprocess.Popen(
-        [sys.executable, "-m", "agrpo.launch", "stages/stage3_agrpo/main.py", *tiny("agrpo", tmp_path / "run", *own)],
-        cwd=ROOT,
-        env=environment(2),
-        stderr=subprocess.DEVNULL,
-    )
-    sys.path.insert(0, str(ROOT / "tests"))
-    import chaos
-
-    chaos.wait_until(lambda: (tmp_path / "run" / "agrpo" / "metrics.jsonl").exists(), 90)
-    ranks = chaos.children(job.pid)
-    assert len(ranks) == 2
-    os.kill(job.pid, signal.SIGKILL)
-    job.wait()
-    chaos.wait_until(lambda: not any(chaos.runs(pid) for pid in ranks), 25)
-    assert not any(chaos.runs(pid) for pid in ranks)
-    saved = [path.name for path in (tmp_path / "run" / "agrpo" / "checkpoints").iterdir()]
-    assert len(saved) == 1 and saved[0].startswith("step-")

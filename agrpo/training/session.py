@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 import agrpo
 from agrpo import job
 from agrpo.config import StageConfig
@@ -46,14 +48,22 @@ def readable_errors() -> Iterator[None]:
     except InputError as error:
         _say(f"{error}")
         raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        if not _no_room(error):
             raise
+        where = getattr(error, "filename", None) or "a file of the run"
         _say(
-            f"{error.filename or 'a file of the run'}: {error.strerror}: the disk is full. Checkpoints that were there"
-            " are whole: free some space, and the same command resumes"
+            f"{where}: the disk is full ({error}). Checkpoints that were there are whole: free some space, and the same"
+            " command resumes"
         )
         raise SystemExit(1) from None
+
+
+def _no_room(error: Exception) -> bool:
+    number = getattr(error, "errno", None)
+    if number is None and (told := re.search(r"os error (\d+)", str(error))):  # safetensors' way
+        number = int(told[1])
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _say(message: str) -> None:

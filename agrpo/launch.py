@@ -25,6 +25,7 @@ from agrpo.config import EngineConfig, count_from_environment, parse_command_lin
 from agrpo.yaml_input import ConfigError
 
 RESUME_LATER = 75
+_SAVING = ("sft", "reward", "agrpo")  # stages that stop at a signal, saved
 _POLL_S = 0.05
 _GRACE_S = 2.0  # for the other ranks' reports, once one has failed
 _SET_UP_S = 600.0  # without progress, at least, before the first step: imports and large models
@@ -47,8 +48,10 @@ def processes() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    job.listen()
     script, *arguments = sys.argv[1:] if argv is None else argv
+    saves = stage_of(Path(script)) in _SAVING
+    if saves:
+        job.listen()
     if "RANK" in os.environ:  # one of several, whoever started them
         return _here(script, arguments)
     try:
@@ -62,8 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         return _here(script, arguments)
     with tempfile.TemporaryDirectory(prefix="agrpo-job-") as folder:
         ranks = _Ranks(Path(folder), [sys.executable, "-m", "agrpo.launch", script, *arguments], count, nodes)
+        job.listen()
         try:
-            return ranks.watch(getattr(config, "engine", EngineConfig()).hang_timeout_s)
+            return ranks.watch(getattr(config, "engine", EngineConfig()).hang_timeout_s, saves)
         finally:
             ranks.kill()
 
@@ -95,8 +99,13 @@ class _Ranks:
             for local in range(count)
         ]
 
-    def watch(self, hang_timeout: float) -> int:
-        """Wait for the ranks; the exit code of the job."""
+    def watch(self, hang_timeout: float, saves: bool = True) -> int:
+        """Wait for the ranks; the exit code of the job.
+
+        Args:
+            hang_timeout: seconds without progress after which the job ends.
+            saves: they can stop and resume; without, a signal ends them where they are.
+        """
         stopping = False
         moved, marks = time.monotonic(), [0] * len(self._processes)
         ended_at: float | None = None
@@ -104,6 +113,8 @@ class _Ranks:
             time.sleep(_POLL_S)
             if job.stop_asked() and not stopping:
                 stopping = True
+                if not saves:
+                    return 128 + signal.SIGTERM
                 (self._folder / job.STOP).touch()
             codes = [process.poll() for process in self._processes]
             if any(code not in (None, 0, RESUME_LATER) for code in codes):

@@ -340,26 +340,16 @@ class Campaign:
 
     def kills(self):
         """SIGKILL at random moments of the clock, and between and within the writes of a checkpoint."""
-        for how, count in (("writing a checkpoint", 12), ("any moment", 8)):
-            began = time.monotonic()
-            passed = landed = 0
-            kinds = [[], ["checkpoint.asynchronous=true"]]
-            expected = None
-            seconds = 0.0
-            for n in range(2 if self.short else count):
-                often = ["checkpoint.every=2", "checkpoint.keep=2", *kinds[n % 2]]
-                if expected is None:
-                    since = time.monotonic()
-                    expected = self.straight("agrpo", 2, "engine.zero_stage=2", *often)
-                    seconds = time.monotonic() - since
-                folder = self.place()
-                arguments = self.arguments("agrpo", folder, "engine.zero_stage=2", *often)
-                if how == "any moment":
-                    codes = run("agrpo", arguments, folder, 2, kill_after=self.random.uniform(0.1, seconds))
-                else:
-                    event = self.random.randrange(60)
-                    codes = run("agrpo", arguments, folder, 2, lambda e=event: kill_in_a_save(e))
-                landed += -9 in codes
+        often = ["engine.zero_stage=2", "checkpoint.every=2", "checkpoint.keep=2"]
+        since = time.monotonic()
+        expected = self.straight("agrpo", 2, *often)
+        seconds = time.monotonic() - since
+        for how, count in (("while a checkpoint is written", 12), ("at any moment", 8)):
+            began, passed = time.monotonic(), 0
+            count = 2 if self.short else count
+            for n in range(count):
+                more = [*often, f"checkpoint.asynchronous={'true' if n % 2 else 'false'}"]
+                folder, arguments = self.killed(how == "at any moment", seconds, more)
                 codes = run("agrpo", arguments, folder, 2)
                 left = temporary(folder)
                 if codes == [0, 0] and not left and outcome(folder / "agrpo") == expected:
@@ -367,8 +357,20 @@ class Campaign:
                     shutil.rmtree(folder)
                 else:
                     print(f"  kill {n}: {codes} {left} in {folder}", flush=True)
-            of = 2 if self.short else count
-            self.tell(f"SIGKILL, {how}", passed, of, began, f"{landed} killed before the end")
+            self.tell(f"SIGKILL {how}", passed, count, began)
+
+    def killed(self, by_clock, seconds, more):
+        """Folder and arguments of a run that a SIGKILL reached before its end."""
+        while True:
+            folder = self.place()
+            arguments = self.arguments("agrpo", folder, *more)
+            if by_clock:
+                codes = run("agrpo", arguments, folder, 2, kill_after=self.random.uniform(0.1, seconds))
+            else:
+                event = self.random.randrange(60)
+                codes = run("agrpo", arguments, folder, 2, lambda e=event: kill_in_a_save(e))
+            if -signal.SIGKILL in codes:
+                return folder, arguments
 
     def flips(self):
         began = time.monotonic()

@@ -21,8 +21,8 @@ from agrpo.engine import distributed
 from agrpo.engine.backends.build import build_backend
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.layout import Layout
-from agrpo.engine.memory import is_out_of_memory
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
+from agrpo.engine.out_of_memory import is_out_of_memory
 from agrpo.engine.state_files import StateFiles
 from agrpo.types import Prompt, Rollout
 

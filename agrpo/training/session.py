@@ -23,8 +23,8 @@ from agrpo import job
 from agrpo.config import StageConfig
 from agrpo.engine import checkpoint, distributed
 from agrpo.engine.hybrid import HybridEngine, TrainingDiverged
-from agrpo.engine.memory import MicroBatches
 from agrpo.engine.modules import Policy, causal_lm
+from agrpo.engine.out_of_memory import MicroBatches
 from agrpo.reporting.files import replace, to_json
 from agrpo.reporting.metrics import RunLog
 from agrpo.reporting.summary import record

@@ -11,9 +11,8 @@ _WATCHED = ("loss", "grad_norm")
 
 
 class Spikes:
-    """Tells of a value that lies `factor` times as far from the median of the last `window` as they do themselves.
-
-    Their own distance is the median one. Nothing is told until half a window is seen.
+    """Tells of a value far from the median of the last `window`: `factor` times as far as half of them are, and three
+    times as far as any. Nothing is told until half a window is seen.
     """
 
     def __init__(self, window: int = 32, factor: float = 15.0) -> None:
@@ -27,8 +26,9 @@ class Spikes:
                 continue
             if len(seen) >= self._least:
                 middle = median(seen)
-                usual = median(abs(other - middle) for other in seen)
-                if abs(value - middle) > self._factor * max(usual, 1e-3 * abs(middle), 1e-8):
+                distances = [abs(other - middle) for other in seen]
+                usual = median(distances)
+                if abs(value - middle) > max(self._factor * usual, 3 * max(distances), 1e-2 * abs(middle), 1e-6):
                     yield (
                         f"step {step}: {name} {value:.4g} stands out of the last {len(seen)} steps' {middle:.4g}"
                         f" ± {usual:.2g}: look at this step in samples.jsonl; if it comes again, lower"

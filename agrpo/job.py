@@ -72,6 +72,11 @@ def stop_asked() -> bool:
     return _Place.asked
 
 
+def stopped() -> None:
+    """The run that was asked has stopped; another one in this process has not been asked."""
+    _Place.asked = False
+
+
 def enter(phase: str, step: int | None = None) -> None:
     """Say what comes now, such as `update`, and in which step if that has changed."""
     _Place.phase = phase

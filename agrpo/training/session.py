@@ -213,6 +213,7 @@ class Session:
         else:
             self.log.note(f"stopped by a signal {where}, saved: run again to resume")
         self.log.close()
+        job.stopped()
         raise SystemExit(1 if error else RESUME_LATER)
 
     def _save(self, step: int, update: int = 0) -> str | None:

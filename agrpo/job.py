@@ -58,6 +58,12 @@ def listen() -> None:
     mark()
 
 
+def hear_nothing() -> None:
+    """Leave signals to do what they do by default: for what has nothing to save."""
+    for name in SIGNALS:
+        signal.signal(name, signal.default_int_handler if name == signal.SIGINT else signal.SIG_DFL)
+
+
 def _ask_to_stop(number: int, frame: object) -> None:
     if _Place.asked and number == signal.SIGINT:
         raise KeyboardInterrupt

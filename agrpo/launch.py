@@ -21,6 +21,10 @@ import time
 from pathlib import Path
 
 from agrpo import job
+
+if __name__ == "__main__":
+    job.listen()  # before the imports that take a moment
+
 from agrpo.config import EngineConfig, count_from_environment, parse_command_line
 from agrpo.yaml_input import ConfigError
 
@@ -52,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     saves = stage_of(Path(script)) in _SAVING
     if saves:
         job.listen()
+    elif job.stop_asked():
+        return 128 + signal.SIGTERM
+    else:
+        job.hear_nothing()
     if "RANK" in os.environ:  # one of several, whoever started them
         return _here(script, arguments)
     try:

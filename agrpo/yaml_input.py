@@ -91,7 +91,7 @@ def redacted(config: BaseModel) -> dict[str, Any]:
 
     def redact(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {k: redact(v, k if not is_secret(key) else key) for k, v in value.items()}
+            return {k: redact(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [redact(v, key) for v in value]
         if not isinstance(value, str):

@@ -30,6 +30,7 @@ import torch
 import torch.utils.tensorboard
 from stage_runs import LENGTH_REWARD, MAINS, ROOT, environment, tiny, tiny_policy
 
+from agrpo import job
 from agrpo.engine import checkpoint, distributed
 from agrpo.engine.backends.native import NativeBackend
 from agrpo.engine.hybrid import HybridEngine
@@ -184,6 +185,7 @@ def _fork(stage, arguments, folder, rank, nproc, port, fault):
         os.environ.update(MASTER_ADDR="127.0.0.1", NPROC=str(nproc))
         if fault is not None:
             fault()
+        job.listen()
         sys.argv = [MAINS[stage], *arguments]
         runpy.run_path(str(ROOT / MAINS[stage]), run_name="__main__")
         code = 0
@@ -460,17 +462,43 @@ class Campaign:
         passed += codes == [2] and "training.micro_batch_tokens=45" in (folder / "rank-0.txt").read_text()
         self.tell("out of memory in forward, backward, generation; refused with ZeRO", passed, 4, began)
 
+    def signals(self):
+        """SIGTERM or SIGUSR1 to one rank at a random moment: every rank ends with 75, saved, and the run resumes."""
+        since = time.monotonic()
+        expected = self.straight("agrpo", 2)
+        seconds = time.monotonic() - since
+        began, passed, slowest, early = time.monotonic(), 0, 0.0, 0
+        count = 1 if self.short else 10
+        for n in range(count):
+            folder = self.place()
+            arguments = self.arguments("agrpo", folder)
+            pids = fork_job("agrpo", arguments, folder, 2)
+            time.sleep(0.3 + self.random.uniform(0, 0.9 * seconds))  # a fork listens within the first moment
+            early += not (folder / "agrpo" / "metrics.jsonl").exists()
+            os.kill(self.random.choice(pids), (signal.SIGTERM, signal.SIGUSR1)[n % 2])
+            asked = time.monotonic()
+            codes = wait(pids)
+            slowest = max(slowest, time.monotonic() - asked)
+            again = run("agrpo", arguments, folder, 2)
+            same = again == [0, 0] and outcome(folder / "agrpo") == expected
+            if codes in ([75, 75], [0, 0]) and slowest < 25 and same:
+                passed += 1
+            else:
+                print(f"  signal {n}: {codes} {again} {slowest:.1f} s in {folder}", flush=True)
+        note = f"slowest {slowest:.1f} s; {early} during set-up"
+        self.tell("SIGTERM or SIGUSR1 to one rank of 2 at a random moment", passed, count, began, note)
+
     # The launcher's, with processes of their own.
 
     def dead_launcher(self):
         """The launcher is killed outright: its ranks see that it is gone, save, and end."""
         began = time.monotonic()
         folder = self.place()
-        job = self.start(self.arguments("agrpo", folder, "training.max_steps=9999"), folder, 2)
+        process = self.start(self.arguments("agrpo", folder, "training.max_steps=9999"), folder, 2)
         self.wait_for(folder / "agrpo" / "metrics.jsonl", 1.0)
-        ranks = children(job.pid)
-        job.kill()
-        job.wait()
+        ranks = children(process.pid)
+        process.kill()
+        process.wait()
         since = time.monotonic()
         wait_until(lambda: not any(runs(pid) for pid in ranks), 25)
         took = time.monotonic() - since
@@ -487,14 +515,14 @@ class Campaign:
             nproc = 2 if n % 2 == 0 else 1
             folder = self.place()
             arguments = self.arguments("agrpo", folder)
-            job = self.start(arguments, folder, nproc)
+            process = self.start(arguments, folder, nproc)
             slow = self.random.uniform(0.5, 12.0)
             self.wait_for(folder / "agrpo" / "metrics.jsonl", 0.0) if self.short else time.sleep(slow)
-            ranks = children(job.pid)
+            ranks = children(process.pid)
             number = signal.SIGTERM if n % 4 < 2 else signal.SIGUSR1
-            os.kill(job.pid, number)
+            os.kill(process.pid, number)
             since = time.monotonic()
-            code = job.wait(60)
+            code = process.wait(240)
             took = time.monotonic() - since
             slowest = max(slowest, took)
             time.sleep(0.2)
@@ -511,11 +539,11 @@ class Campaign:
     def dead_rank(self):
         began = time.monotonic()
         folder = self.place()
-        job = self.start(self.arguments("agrpo", folder, "training.max_steps=9999"), folder, 2)
+        process = self.start(self.arguments("agrpo", folder, "training.max_steps=9999"), folder, 2)
         self.wait_for(folder / "agrpo" / "metrics.jsonl", 1.0)
-        os.kill(children(job.pid)[1], signal.SIGKILL)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
         since = time.monotonic()
-        code = job.wait(60)
+        code = process.wait(60)
         took = time.monotonic() - since
         said = (folder / "job.txt").read_text()
         named = re.search(r"rank 1 was killed by SIGKILL in phase 'step \d+: \w+'", said)
@@ -528,12 +556,12 @@ class Campaign:
         began = time.monotonic()
         folder = self.place()
         more = ["training.max_steps=9999", "engine.hang_timeout_s=4"]
-        job = self.start(self.arguments("agrpo", folder, *more), folder, 2)
+        process = self.start(self.arguments("agrpo", folder, *more), folder, 2)
         self.wait_for(folder / "agrpo" / "metrics.jsonl", 1.0)
-        stopped = children(job.pid)[1]
+        stopped = children(process.pid)[1]
         os.kill(stopped, signal.SIGSTOP)
         since = time.monotonic()
-        code = job.wait(60)
+        code = process.wait(60)
         took = time.monotonic() - since
         said = (folder / "job.txt").read_text()
         named = re.search(r"rank 1 hangs: no progress for 4 s in phase '[^']+'", said)
@@ -611,7 +639,7 @@ def wait_until(holds, seconds):
         time.sleep(0.05)
 
 
-NAMES = ("exact", "exact_alone", "kills", "flips", "poisons", "full_disk", "memory")
+NAMES = ("exact", "exact_alone", "kills", "flips", "poisons", "full_disk", "memory", "signals")
 NAMES += ("terms", "dead_rank", "hung_rank", "dead_launcher")
 
 

@@ -10,7 +10,8 @@ import torch
 
 
 def seed_generators(seed: int, rank: int) -> None:
-    """Python's and NumPy's generators, whose own first state is the operating system's entropy."""
+    """Generators whose own first state is the operating system's entropy. PyTorch's is the same on every rank."""
+    torch.manual_seed(seed)
     random.seed(f"{seed}/{rank}")
     np.random.seed([seed, rank])
 

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from agrpo import job
@@ -51,7 +53,13 @@ def processes() -> int:
     return max(1, sum(line.startswith("GPU ") for line in listed.splitlines()))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, check: Callable[[list[str]], object] | None = None) -> int:
+    """Run a script in as many processes as the environment asks for.
+
+    Args:
+        argv: the script and its arguments.
+        check: of the arguments before anything starts; exits when they are wrong. By default as a stage's are.
+    """
     script, *arguments = sys.argv[1:] if argv is None else argv
     saves = stage_of(Path(script)) in _SAVING
     if saves:
@@ -68,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"configuration error: {error}", file=sys.stderr)
         return 2
     os.environ["NPROC"] = str(count)
-    config = parse_command_line(stage_of(Path(script)), arguments)  # exits 0 or 2
+    config = (check or partial(parse_command_line, stage_of(Path(script))))(arguments)  # exits 0 or 2
     if count == 1 and nodes == 1:
         return _here(script, arguments)
     with tempfile.TemporaryDirectory(prefix="agrpo-job-") as folder:

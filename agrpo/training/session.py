@@ -26,7 +26,9 @@ from agrpo.engine.hybrid import HybridEngine, TrainingDiverged
 from agrpo.engine.modules import Policy, causal_lm
 from agrpo.engine.out_of_memory import MicroBatches
 from agrpo.reporting.files import replace, to_json
+from agrpo.reporting.hub import PushFailed, push_model
 from agrpo.reporting.metrics import RunLog
+from agrpo.reporting.model_card import model_card
 from agrpo.reporting.summary import record
 from agrpo.training.randomness import RandomState, seed_generators
 from agrpo.training.spikes import Spikes
@@ -36,8 +38,8 @@ from agrpo.yaml_input import ConfigError, redacted, to_yaml
 RESUME_LATER = 75
 _RESULT = "result.json"
 # What may differ between a run and its resumption.
-_FREE = {"run", "checkpoint", "logging", "evaluation"}
-_LEFTOVER = re.compile(r"^\.(model\.partial|.+\.\d+)$")
+_FREE = {"run", "checkpoint", "logging", "evaluation", "hub"}
+_LEFTOVER = re.compile(r"^\.(model\.(partial|pushed)|.+\.\d+)$")
 
 
 @contextmanager
@@ -92,6 +94,7 @@ class Session:
         self._began = time.monotonic()
         self._engine: HybridEngine | None = None
         self._tracked: dict[str, checkpoint.Stateful] = {}
+        self._save_model: Callable[[Path], None] | None = None
         self._found, damaged = self._look_for_checkpoint()
         self.first_step = self._step = self._found.state["step"] if self._found else 0
         leftovers = self._prepare_directory() if distributed.rank() == 0 else []
@@ -171,6 +174,11 @@ class Session:
         if distributed.max_over_ranks(int(job.stop_asked())):
             self._leave("before the first step", self._save(self.first_step) if self._found is None else None)
 
+    def push_saves(self, save_model: Callable[[Path], None]) -> None:
+        """With `hub.strategy: every_save` each checkpoint's model goes to the Hub too, saved by this."""
+        if self.config.hub.push is not None and self.config.hub.strategy == "every_save":
+            self._save_model = save_model
+
     def steps(self) -> Iterator[int]:
         """The steps that remain. After each, a checkpoint when one is due, and an orderly end when a signal came."""
         every, total = self.config.checkpoint.every, self.config.training.max_steps
@@ -228,7 +236,10 @@ class Session:
         score = None
         if self.config.checkpoint.best_metric and not update:
             score = self.log.latest.get(self.config.checkpoint.best_metric)
-        return self._tell(self._writer.save(step, self._engine, own, shared, update=update, score=score))
+        error = self._tell(self._writer.save(step, self._engine, own, shared, update=update, score=score))
+        if self._save_model is not None and not update:
+            self._push_step(step)
+        return error
 
     def _tell(self, error: str | None) -> str | None:
         if error:
@@ -251,6 +262,29 @@ class Session:
             self.log.note(f"step {step}: {error}")
             self.log.close()
             raise
+
+    def _push_step(self, step: int) -> None:
+        self._engine.generation_mode()
+        if distributed.rank() == 0:
+            folder = self.directory / ".model.pushed"
+            self._write_model(folder, self._save_model, {"step": step})
+            self._push(folder, f"step {step}")
+            shutil.rmtree(folder)
+        distributed.barrier()
+
+    def _write_model(self, folder: Path, save_model: Callable[[Path], None], results: Mapping[str, Any]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        save_model(folder)
+        (folder / "README.md").write_text(model_card(self.config, self.stage, results), encoding="utf-8")
+
+    def _push(self, folder: Path, message: str) -> None:
+        """To the Hub. A run does not end for it: the model is on disk, and can be pushed again."""
+        hub = self.config.hub
+        try:
+            self.log.note(f"pushed {message}: {push_model(folder, hub.push, message, private=hub.private)}")
+        except PushFailed as error:
+            again = f"agrpo push {self.directory} {hub.push}" + ("" if hub.private else " --public")
+            self.log.note(f"{message} was not pushed: {error}; once the run is done: {again}")
 
     def notes(self, texts: Iterable[str]) -> None:
         for text in texts:
@@ -280,31 +314,19 @@ class Session:
         job.enter("finish")
         if distributed.rank() == 0:
             partial, final = self.directory / ".model.partial", self.directory / "model"
-            shutil.rmtree(partial, ignore_errors=True)
-            save_model(partial)
-            (partial / "README.md").write_text(self._model_card(results), encoding="utf-8")
+            self._write_model(partial, save_model, results)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             seconds = time.monotonic() - self._began
             record(self.config.run_root, self.stage, results, seconds, self.config.seed)
             text = json.dumps({"results": results, "seconds": seconds}, indent=1)
             (self.directory / _RESULT).write_text(text, encoding="utf-8")
+            if self.config.hub.push is not None:
+                self._push(final, "the finished model")
         distributed.barrier()
         self.log.note(f"{self.stage}: model in {self.directory / 'model'}")
         self.log.close()
         distributed.stop()
-
-    def _model_card(self, results: Mapping[str, Any]) -> str:
-        model = self.config.model
-        origin = model.name_or_path or model.gguf or f"{model.config['model_type']}, initialised at random"
-        measured = "\n".join(f"- {name}: {_short(value)}" for name, value in results.items())
-        classifies = self.stage == "reward" and self.config.kind == "head"
-        kind = "text-classification" if classifies else "text-generation"
-        return (
-            f"---\nlibrary_name: transformers\npipeline_tag: {kind}\ntags: [agrpo, {self.stage}]\n---\n"
-            f"# {self.config.run.name}, stage {self.stage}\n\nTrained with agrpo {agrpo.__version__} from `{origin}`"
-            f" for {self.config.training.max_steps} steps, seed {self.config.seed}.\n\n## Measured\n\n{measured}\n"
-        )
 
 
 def _texts(batch: Experience | Sequence[Demonstration | PreferenceGroup]) -> list[dict[str, Any]]:
@@ -316,10 +338,6 @@ def _texts(batch: Experience | Sequence[Demonstration | PreferenceGroup]) -> lis
         return [{"prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in columns]
     kept = ("prompt", "completion", "completions", "levels")
     return [{key: value for key, value in vars(row).items() if key in kept} for row in batch]
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _identity(config: StageConfig) -> dict[str, Any]:

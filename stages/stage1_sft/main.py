@@ -34,6 +34,7 @@ def main(config: SFTConfig) -> None:
     engine = HybridEngine(
         policy, engine=config.engine, training=training, tokenizer=tokenizer, stop=stop, dtype=config.model.dtype
     )
+    save_model = partial(save_language_model, engine.whole_policy.lm, tokenizer)
     session.describe(policy)
 
     held_out = test = None
@@ -47,6 +48,7 @@ def main(config: SFTConfig) -> None:
         test = encode_prompts(read_prompts(evaluation.test, log.note), tokenizer, config.max_length, log.note)
     stream = Stream(len(prompts), training.batch_size, config.seed, distributed.rank(), distributed.world())
     session.restore(engine, stream=stream)
+    session.push_saves(save_model)
     if session.measures_before():
         before = evaluate_policy(engine, test, rewards, evaluation, config.seed)
         session.results |= write_evaluation(session, "before", before)
@@ -73,7 +75,7 @@ def main(config: SFTConfig) -> None:
     if test is not None:
         results |= write_evaluation(session, "test", evaluate_policy(engine, test, rewards, evaluation, config.seed))
     engine.generation_mode()
-    session.finish(results, lambda folder: save_language_model(engine.whole_policy.lm, tokenizer, folder))
+    session.finish(results, save_model)
 
 
 if __name__ == "__main__":

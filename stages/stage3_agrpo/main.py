@@ -56,16 +56,19 @@ def main(config: PolicyConfig) -> None:
         with_reference=config.needs_reference,
     )
     controllers = Controllers(config)
+    save_model = partial(save_language_model, engine.whole_policy.lm, tokenizer)
     session.describe(policy)
     session.notes([describe(config.objective.kl), *controllers.notes])
     stream = Stream(len(prompts), config.prompts_per_rollout, config.seed, distributed.rank(), distributed.world())
     ranked = RankedData(config, tokenizer, log.note)
     buffer = Buffer(session.pause)
-    session.restore(engine, stream=stream, ranked=ranked, controllers=controllers, rewards=rewards, buffer=buffer)
+    sample = Sampler(config, prompts, stream, rewards)
+    tracked = {"stream": stream, "ranked": ranked, "controllers": controllers, "rewards": rewards}
+    session.restore(engine, **tracked, sampler=sample, buffer=buffer)
+    session.push_saves(save_model)
     if session.measures_before():
         before = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)
         session.results |= write_evaluation(session, "before", before)
-    sample = Sampler(config, prompts, stream, rewards)
     for step in session.steps():
         began = perf_counter()
         resumed = buffer.in_use
@@ -101,7 +104,7 @@ def main(config: PolicyConfig) -> None:
         after = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)
         results |= write_evaluation(session, "test", after)
     engine.generation_mode()
-    session.finish(results, lambda folder: save_language_model(engine.whole_policy.lm, tokenizer, folder))
+    session.finish(results, save_model)
 
 
 if __name__ == "__main__":

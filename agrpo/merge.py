@@ -84,7 +84,7 @@ def _checkpoint(directory: Path, out: Path) -> str:
     from agrpo.models import load_language_model, load_tokenizer, make_trainable, save_language_model, stop_ids
     from agrpo.reporting.model_card import model_card
 
-    found = checkpoint.newest(directory / "checkpoints")
+    found, _ = checkpoint.newest(directory / "checkpoints")
     if found is None:
         raise InputError(f"{directory}: has neither a model/ nor a whole checkpoint")
     fresh = config.model.config is not None
@@ -101,16 +101,16 @@ def _checkpoint(directory: Path, out: Path) -> str:
         stop=stop,
         dtype=config.model.dtype,
     )
-    checkpoint.load(*found, engine, {})
+    checkpoint.load(found.path, found.state, engine, {})
     engine.generation_mode()
 
     def save(partial: Path) -> None:
         save_language_model(engine.whole_policy.lm, tokenizer, partial)
-        card = model_card(config, stage, {"step": found[1]["step"]})
+        card = model_card(config, stage, {"step": found.state["step"]})
         (partial / "README.md").write_text(card, encoding="utf-8")
 
     _write(out, save)
-    return f"the model of {found[0]}"
+    return f"the model of {found.path}"
 
 
 def _write(out: Path, save: Callable[[Path], object]) -> None:

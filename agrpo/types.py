@@ -113,6 +113,10 @@ class RolloutBackend(Protocol):
         """Give up memory that training can use, until the next `follow`; costs nothing when done twice."""
         ...
 
+    def shrink(self) -> bool:
+        """Generate with less memory from now on, after it ran out; False where that is not possible."""
+        ...
+
     def generate(
         self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Any, key: tuple[int, int], first: int = 0
     ) -> Rollout:

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from agrpo.types import InputError
 
-_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+_SECRET = re.compile(r"token|secret|passw|credential|authorization|api_?key|private_?key", re.IGNORECASE)
+_REDACTED = "…redacted…"
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 def is_secret(name: str) -> bool:
@@ -98,14 +100,16 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def redacted(config: BaseModel) -> dict[str, Any]:
-    """The resolved configuration as plain data, secrets redacted."""
+    """The resolved configuration as plain values, without its secrets: what may be written to disk or shown."""
 
     def redact(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
             return {k: redact(v, k) for k, v in value.items()}
         if isinstance(value, list):
-            return [redact(v) for v in value]
-        return "…redacted…" if isinstance(value, str) and is_secret(key) else value
+            return [redact(v, key) for v in value]
+        if not isinstance(value, str):
+            return value
+        return _REDACTED if is_secret(key) else _USER_IN_URL.sub(_REDACTED, value)
 
     plain: dict[str, Any] = redact(config.model_dump(mode="json", by_alias=True))
     return plain

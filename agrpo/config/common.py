@@ -14,7 +14,7 @@ from agrpo.config.rewards import RewardSpec
 
 
 class RunConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "quickstart"
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "quickstart"
     dir: Path = Path("runs")
 
 
@@ -95,11 +95,15 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "cpu"] = "none"  # where the optimiser's state lives
     activation_checkpointing: bool = False
+    hang_timeout_s: Positive = 1800.0  # of several processes: without progress for so long, the job ends and names one
 
 
 class CheckpointConfig(Section):
     every: Annotated[int, Field(ge=0)] = 0  # steps; 0 keeps only the finished model
-    keep: Count = 2
+    keep: Count = 2  # the newest
+    best_metric: str | None = None  # keep also the one at whose step this metric was best
+    best_mode: Literal["max", "min"] = "max"
+    asynchronous: bool = False  # write from a copy in memory while training goes on
     resume: bool = True  # continue from the newest whole checkpoint of this run
 
 

@@ -53,6 +53,10 @@ class StageConfig(Section):
     def run_root(self) -> Path:
         return self.run.dir / self.run.name
 
+    def with_micro_batches(self, tokens: int) -> Self:
+        """The same with micro-batches of another size."""
+        return self.model_copy(update={"training": self.training.model_copy(update={"micro_batch_tokens": tokens})})
+
     @model_validator(mode="after")
     def _precision(self) -> Self:
         if self.model.dtype == "bfloat16" and self.engine.zero_stage == 0:

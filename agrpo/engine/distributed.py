@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from agrpo import job
+
 
 def start() -> None:
     """Join the job that torchrun describes in the environment; alone, be a job of one process."""
@@ -46,6 +48,7 @@ def device() -> torch.device:
 
 def barrier() -> None:
     if world() > 1:
+        job.mark()
         dist.barrier()
 
 
@@ -53,6 +56,7 @@ def sum_over_ranks(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     """Each value summed over all processes, in float64. Every process must name the same keys."""
     numbers = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device())
     if world() > 1:
+        job.mark()
         dist.all_reduce(numbers)
     return dict(zip(values, numbers.tolist(), strict=True))
 
@@ -60,6 +64,7 @@ def sum_over_ranks(values: Mapping[str, float | Tensor]) -> dict[str, float]:
 def max_over_ranks(value: int) -> int:
     number = torch.tensor([value], device=device())
     if world() > 1:
+        job.mark()
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
@@ -68,6 +73,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Every process's value, in the order of the ranks."""
     if world() == 1:
         return [value]
+    job.mark()
     values: list[Any] = [None] * world()
     dist.all_gather_object(values, value)
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from agrpo import job
 from agrpo.config import EngineConfig, RolloutConfig, TrainingConfig
 from agrpo.engine import distributed
 from agrpo.engine.backends.build import build_backend
@@ -21,12 +23,17 @@ from agrpo.engine.backends.native import Sampling
 from agrpo.engine.backends.remote import RemoteBackend
 from agrpo.engine.layout import Layout
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
+from agrpo.engine.out_of_memory import is_out_of_memory
+from agrpo.engine.state_files import StateFiles
 from agrpo.types import Prompt, Rollout
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_set_full_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # raised by DeepSpeed's own calls
@@ -80,6 +87,7 @@ class HybridEngine:
             causal_lm(policy.lm).gradient_checkpointing_enable({"use_reentrant": False})
         has_adapters = hasattr(policy.lm, "disable_adapter")
         kind = getattr(torch, dtype)
+        self.reference_hash = _digest(policy) if with_reference else None
         self.reference: Policy | None = None
         if with_reference and not has_adapters:
             self.reference = cast_weights(copy.deepcopy(policy), kind).to(self.device).eval().requires_grad_(False)
@@ -108,6 +116,9 @@ class HybridEngine:
         for name, parameter in self._engine.module.named_parameters():
             if name in exact:
                 safe_set_full_fp32_param(parameter, exact.pop(name).to(self.device))
+        self._files = StateFiles([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+        self._engine.checkpoint_engine = self._files
+        self._engine._copy_recovery_script = lambda folder: None  # a program has no place among the weights
         self._backend = build_backend(
             rollout or RolloutConfig(), self.whole_policy, tokenizer=tokenizer, stop=self.stop, longest=longest
         )
@@ -130,6 +141,7 @@ class HybridEngine:
     def forward(self, layout: Layout, *args: Any) -> tuple[Tensor, ...]:
         """The module's forward with gradient."""
         self.train_mode()
+        job.enter("update")
         return self._engine(layout.to(self.device), *args)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -143,6 +155,7 @@ class HybridEngine:
             self.losses_finite = False
             loss = loss * math.nan  # an infinite loss may have a finite gradient: this one, all ranks will see
         self._engine.set_gradient_accumulation_boundary(last)
+        job.mark()
         self._engine.backward(loss * distributed.world(), scale_wrt_gas=False)  # DeepSpeed averages over the ranks
 
     def step(self, learning_rate: float) -> float:
@@ -171,6 +184,19 @@ class HybridEngine:
                 " the batch in diverged.json; the last checkpoint is whole"
             )
         return norm
+
+    @property
+    def can_begin_again(self) -> bool:
+        """Is the gradient that accumulates towards the next step this process's alone?"""
+        return self.zero_stage == 0 and distributed.world() == 1
+
+    def begin_again(self) -> None:
+        """Forget the gradient that was accumulated towards the next step."""
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        self._begun = False
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _step_whole(self) -> tuple[float, bool]:
         """The norm, and whether the step was taken: without ZeRO DeepSpeed neither tells the norm nor skips a step."""
@@ -226,8 +252,15 @@ class HybridEngine:
         first: int = 0,
     ) -> Rollout:
         """counts[p] completions of each prompt, sampled from the current weights (`RolloutBackend.generate`)."""
+        job.enter("generate")
         self.generation_mode()
-        return self._backend.generate(prompts, counts, sampling, key, first)
+        while True:
+            try:
+                return self._backend.generate(prompts, counts, sampling, key, first)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or not self._backend.shrink():
+                    raise
+            warnings.warn("out of memory in generation: half as many sequences at a time from here on", stacklevel=2)
 
     def begin_generating(
         self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Sampling, key: tuple[int, int]
@@ -254,15 +287,33 @@ class HybridEngine:
 
     # Checkpoints
 
-    def save_state(self, directory: str, tag: str) -> None:
-        """Weights and optimiser, by DeepSpeed; every rank must call it."""
+    def state_files(self, directory: str, tag: str) -> dict[str, bytes]:
+        """This rank's files of weights and optimiser as they are now, by name; every rank must call it.
+
+        They belong into `directory`/`tag`, where DeepSpeed itself puts what it offloads to NVMe.
+        """
         state = {"agrpo": {name: getattr(self, name) for name in _COUNTS}}  # DeepSpeed has a skipped_steps of its own
         self._engine.save_checkpoint(directory, tag=tag, client_state=state, save_latest=False)
+        return self._files.take()
 
     def load_state(self, directory: str, tag: str) -> None:
+        """
+        Raises:
+            InputError: a file holds more than tensors and plain values.
+        """
         _, client_state = self._engine.load_checkpoint(directory, tag=tag)
         for name in _COUNTS:
             setattr(self, name, client_state["agrpo"][name])
+        self._gathered = -1  # a version may come back with other weights
+
+
+def _digest(policy: nn.Module) -> str:
+    """SHA-256 over the weights, by name: which reference a run is measured against."""
+    found = hashlib.sha256()
+    for name, weight in policy.named_parameters():
+        found.update(name.encode())
+        found.update(weight.detach().cpu().contiguous().view(torch.uint8).flatten().numpy())
+    return found.hexdigest()
 
 
 def _optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:

@@ -78,6 +78,7 @@ class RunLog:
             config: the stage's configuration, plain and without secrets: the diagnostics and the loggers read it.
         """
         self.stage, self.total_steps = stage, total_steps
+        self.latest: Mapping[str, float] = {}  # metrics of the last step
         self._silent = rank != 0
         if self._silent:
             return
@@ -122,6 +123,7 @@ class RunLog:
         if taken := {"step", "time_s"} & metrics.keys():
             raise ValueError(f"a metric may not be called {taken.pop()}: metrics.jsonl has that name already")
         now = time.monotonic()
+        self.latest = metrics
         self._last_step = step
         self._finished.append((step + 1, now))
         self._metrics.write(to_json({"step": step, "time_s": round(now - self._began, 3), **metrics}) + "\n")

@@ -42,6 +42,12 @@ class RankedData:
         groups = [self._groups[i] for i in rows]
         return RankedBatch(batch, groups, self._config, self._scale, self._micro_batch_tokens)
 
+    def again(self) -> RankedBatch | None:
+        """The last batch once more, for a step that is taken up in its middle."""
+        if self._stream is not None:
+            self._stream.position -= self._stream.batch
+        return next(self)
+
     def state_dict(self) -> dict[str, Any]:
         return {} if self._stream is None else self._stream.state_dict()
 

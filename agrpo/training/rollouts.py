@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from agrpo.types import Rollout
+from agrpo.types import Prompt, Rollout
+
+_TENSORS = ("group", "lengths", "tokens", "logp", "finished")
 
 
 def take(rollout: Rollout, which: Tensor) -> Rollout:
@@ -56,3 +59,23 @@ def without_silent_prompts(rollout: Rollout) -> Rollout:
     """The same completions, and only the prompts that have some."""
     used, group = rollout.group.unique(return_inverse=True)
     return Rollout(**{**vars(rollout), "prompts": tuple(rollout.prompts[p] for p in used.tolist()), "group": group})
+
+
+def rollout_state(rollout: Rollout) -> dict[str, Any]:
+    """A rollout for a checkpoint: tensors and JSON values. The rows' other columns, for rewards, are left out."""
+    return {
+        "prompts": [{"text": p.text, "ids": list(p.ids), "slot": p.slot} for p in rollout.prompts],
+        "texts": list(rollout.texts),
+        "weight_version": rollout.weight_version,
+        **{name: getattr(rollout, name) for name in _TENSORS},
+    }
+
+
+def rollout_from_state(state: Mapping[str, Any]) -> Rollout:
+    """The rollout of `rollout_state`; its prompts have no other columns."""
+    return Rollout(
+        prompts=tuple(Prompt(p["text"], tuple(p["ids"]), p["slot"], {}) for p in state["prompts"]),
+        texts=tuple(state["texts"]),
+        weight_version=state["weight_version"],
+        **{name: state[name] for name in _TENSORS},
+    )

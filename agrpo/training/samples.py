@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +26,8 @@ MOST_PIECES = 1024  # tokens of a sample that are listed one by one
 LONGEST_CHARACTER = 4  # bytes, and so tokens, of a character in UTF-8
 
 
-def rollout_metrics(experience: Experience, rewards: Scores, seconds: float) -> dict[str, float]:
-    """Of a step's rollout before pruning, over all ranks; `seconds` are the whole step's."""
+def rollout_metrics(experience: Experience, rewards: Scores) -> dict[str, float]:
+    """Of a step's rollout before pruning, over all ranks."""
     rollout, total, scores = experience.rollout, experience.rewards, experience.scores
     scored = torch.isfinite(total)
     finite = total[scored].double()
@@ -64,9 +62,6 @@ def rollout_metrics(experience: Experience, rewards: Scores, seconds: float) -> 
         "frac_reward_zero_std": sums["silent"] / sums["groups"],
         "agrpo/advantage_variance": sums["advantage"] / sums["completions"],
         "num_tokens": sums["tokens"],
-        "time/step_s": seconds,
-        "throughput/completion_tokens_per_s": sums["tokens"] / seconds,
-        "throughput/peak_memory_gib": distributed.max_over_ranks(_peak_memory()) / 2**30,
     }
 
 
@@ -81,14 +76,6 @@ def _length_spread(rollout: Rollout) -> dict[str, float]:
         "completions/length_median": median,
         "completions/length_p90": p90,
     }
-
-
-def _peak_memory() -> int:
-    """Bytes that this process has held at most: on its GPU where it has one, else in main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
 def _of_completions(experience: Experience) -> Tensor:

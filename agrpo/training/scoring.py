@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from agrpo import job
 from agrpo.engine import distributed
 from agrpo.types import Rollout, Text
 
@@ -30,6 +31,7 @@ class Scores(Protocol):
 
 def score(rewards: Scores, rollout: Rollout) -> Tensor:
     """(N, K) scores of the rollout's completions; NaN where a reward abstained or failed."""
+    job.enter("score")
     of = [rollout.prompts[p] for p in rollout.group.tolist()]
     texts: list[Text] = [
         text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,16 +16,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 import agrpo
+from agrpo import job
 from agrpo.config import StageConfig
 from agrpo.engine import checkpoint, distributed
 from agrpo.engine.hybrid import HybridEngine, TrainingDiverged
 from agrpo.engine.modules import Policy, causal_lm
+from agrpo.engine.out_of_memory import MicroBatches
 from agrpo.reporting.files import replace, to_json
 from agrpo.reporting.hub import PushFailed, push_model
 from agrpo.reporting.metrics import RunLog
 from agrpo.reporting.model_card import model_card
 from agrpo.reporting.summary import record
+from agrpo.training.randomness import RandomState, seed_generators
+from agrpo.training.spikes import Spikes
 from agrpo.types import Demonstration, Experience, InputError, PreferenceGroup
 from agrpo.yaml_input import ConfigError, redacted, to_yaml
 
@@ -32,41 +39,71 @@ RESUME_LATER = 75
 _RESULT = "result.json"
 # What may differ between a run and its resumption.
 _FREE = {"run", "checkpoint", "logging", "evaluation", "hub"}
+_LEFTOVER = re.compile(r"^\.(model\.(partial|pushed)|.+\.\d+)$")
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Bad input ends with exit code 2 and one message instead of a traceback."""
+    """Bad input ends with exit code 2, a full disk with 1, and one message instead of a traceback."""
     try:
         yield
     except InputError as error:
-        if distributed.rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+        _say(f"{error}")
         raise SystemExit(2) from None
+    except (OSError, SafetensorError) as error:
+        if not _no_room(error):
+            raise
+        where = getattr(error, "filename", None) or "a file of the run"
+        _say(
+            f"{where}: the disk is full ({error}). Checkpoints that were there are whole: free some space, and the same"
+            " command resumes"
+        )
+        raise SystemExit(1) from None
+
+
+def _no_room(error: Exception) -> bool:
+    number = getattr(error, "errno", None)
+    if number is None and (told := re.search(r"os error (\d+)", str(error))):  # safetensors' way
+        number = int(told[1])
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _say(message: str) -> None:
+    """Once for all ranks: the launcher prints the message of the first one that fails."""
+    if not job.report(message) and distributed.rank() == 0:
+        print(f"error: {message}", file=sys.stderr)
 
 
 class Session:
     """One stage's run, `runs/<name>/<stage>/`.
 
-    A run that was interrupted resumes from its newest whole checkpoint; one that had finished starts over. SIGTERM and
-    SIGINT end it after the step at hand, saved, with exit code 75.
+    A run that was interrupted resumes from its newest whole checkpoint; one that had finished starts over. SIGTERM,
+    SIGUSR1 and SIGINT end it after the optimiser step at hand, saved, with exit code 75.
+
+    `results`: what was measured so far; it is in the checkpoint.
     """
 
     def __init__(self, config: StageConfig, stage: str) -> None:
+        job.listen()
         distributed.start()
+        seed_generators(config.seed, distributed.rank())
         self.config, self.stage = config, stage
         self.directory = config.run_root / stage
+        self.results: dict[str, Any] = {}
         self._checkpoints = self.directory / "checkpoints"
         self._began = time.monotonic()
         self._engine: HybridEngine | None = None
-        self._tracked: Mapping[str, checkpoint.Stateful] = {}
+        self._tracked: dict[str, checkpoint.Stateful] = {}
         self._save_model: Callable[[Path], None] | None = None
-        self._found = self._look_for_checkpoint()
-        self.first_step = self._found[1]["step"] if self._found else 0
+        self._found, damaged = self._look_for_checkpoint()
+        self.first_step = self._step = self._found.state["step"] if self._found else 0
+        leftovers = self._prepare_directory() if distributed.rank() == 0 else []
         distributed.barrier()
-        if distributed.rank() == 0:
-            self._prepare_directory()
-        distributed.barrier()
+        options = config.checkpoint
+        best = {"max": max, "min": min}[options.best_mode] if options.best_metric else None
+        self._writer = checkpoint.Writer(
+            self._checkpoints, checkpoint.Keep(options.keep, best), asynchronous=options.asynchronous
+        )
         self.log = RunLog(
             self.directory,
             stage,
@@ -78,44 +115,67 @@ class Session:
             report_every_s=config.logging.report_every_s,
             config=redacted(config),
         )
-        self._stop_asked = False
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._ask_to_stop)
+        self._spikes = Spikes()
+        self._micro_batches = MicroBatches(config.training.micro_batch_tokens, self.log.note)
+        self.notes(f"checkpoint passed over: {why}" for why in damaged)
+        self.notes(f"left half written by a run that was killed, removed: {name}" for name in leftovers)
 
-    def _ask_to_stop(self, number: int, frame: object) -> None:
-        if self._stop_asked:
-            raise KeyboardInterrupt
-        self._stop_asked = True
-
-    def _look_for_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+    def _look_for_checkpoint(self) -> tuple[checkpoint.Found | None, list[str]]:
         if not self.config.checkpoint.resume or (self.directory / _RESULT).exists():
-            return None
-        found = checkpoint.newest(self._checkpoints)
+            return None, []
+        own = checkpoint.newest(self._checkpoints) if distributed.rank() == 0 else None
+        found, damaged = distributed.gather_objects(own)[0]
+        if found is None and damaged:
+            raise checkpoint.CheckpointError(
+                f"{self._checkpoints}: no whole checkpoint is left: {'; '.join(damaged)}; bring one back,"
+                " or start over with checkpoint.resume=false"
+            )
         if found is not None:
-            changed = _differences(found[1]["config"], _identity(self.config))
+            changed = _differences(found.state["config"], _identity(self.config))
             if changed:
                 raise ConfigError(
                     f"{self._checkpoints}: holds an unfinished run with another configuration"
                     f" ({', '.join(changed)} differ): give this one another run.name, restore those keys,"
                     " or start over with checkpoint.resume=false"
                 )
-        return found
+            checkpoint.require_world(found.path, found.state)
+        return found, damaged
 
-    def _prepare_directory(self) -> None:
+    def _prepare_directory(self) -> list[str]:
+        """Make it ready for this run; the names of what a killed one left half written."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if self._found is None:
             for stale in ("checkpoints", "tensorboard", "model"):
                 shutil.rmtree(self.directory / stale, ignore_errors=True)
+        leftovers = checkpoint.remove_leftovers(self._checkpoints)
+        checkpoint.set_aside(self._checkpoints)
+        for path in self.directory.glob(".*"):
+            if _LEFTOVER.match(path.name):
+                leftovers.append(path.name)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name in (_RESULT, "diverged.json"):
             (self.directory / name).unlink(missing_ok=True)
         (self.directory / "config.yaml").write_text(f"{_provenance()}{to_yaml(self.config)}", encoding="utf-8")
+        return leftovers
 
     def restore(self, engine: HybridEngine, **tracked: checkpoint.Stateful) -> None:
-        """Name what checkpoints hold, and load it when this run resumes."""
-        self._engine, self._tracked = engine, tracked
+        """Name what checkpoints hold, and load it when this run resumes. A signal that came before ends the run here.
+
+        Each rank has a state of its own of every tracked object; it may hold tensors.
+        """
+        self._engine, self._tracked = engine, {"random": RandomState(), **tracked}
         if self._found is not None:
-            checkpoint.load(*self._found, engine, tracked)
-            self.log.note(f"resumed from {self._found[0]}")
+            path, state = self._found.path, self._found.state
+            if state["reference"] != engine.reference_hash:
+                raise checkpoint.CheckpointError(
+                    f"{path}: was trained against another reference than this run's model: restore the model that it"
+                    " began with, or start over with checkpoint.resume=false"
+                )
+            checkpoint.load(path, state, engine, self._tracked)
+            self.results = state["results"]
+            self.log.note(f"resumed from {path}")
+        if distributed.max_over_ranks(int(job.stop_asked())):
+            self._leave("before the first step", self._save(self.first_step) if self._found is None else None)
 
     def push_saves(self, save_model: Callable[[Path], None]) -> None:
         """With `hub.strategy: every_save` each checkpoint's model goes to the Hub too, saved by this."""
@@ -126,6 +186,8 @@ class Session:
         """The steps that remain. After each, a checkpoint when one is due, and an orderly end when a signal came."""
         every, total = self.config.checkpoint.every, self.config.training.max_steps
         for step in range(self.first_step, total):
+            self._step = step
+            job.enter("begin", step)
             skipped = self._engine.skipped_steps
             yield step
             if self._engine.skipped_steps > skipped:
@@ -133,13 +195,59 @@ class Session:
                     f"step {step}: loss or gradient not finite in {self._engine.skipped_steps - skipped} optimiser"
                     f" step(s): skipped, weights unchanged; {self._engine.skipped_in_a_row} in a row by now"
                 )
-            stop = distributed.max_over_ranks(int(self._stop_asked)) > 0
-            if stop or (every and (step + 1) % every == 0) or (every and step + 1 == total):
-                self._save(step + 1)
-            if stop:
-                self.log.note(f"stopped by a signal after step {step + 1}, saved: run again to resume")
-                self.log.close()
-                raise SystemExit(RESUME_LATER)
+            self.notes(self._spikes.observe(step, self.log.latest))
+            asked = distributed.sum_over_ranks({"stop": job.stop_asked(), "writing": self._writer.busy})
+            if self._writer.pending and not asked["writing"]:
+                self._tell(self._writer.settle())
+            error = None
+            if asked["stop"] or (every and (step + 1) % every == 0) or (every and step + 1 == total):
+                error = self._save(step + 1)
+            if asked["stop"]:
+                self._leave(f"after step {step + 1}", error or self._tell(self._writer.settle()))
+        self._tell(self._writer.settle())
+        job.enter("after the last step")
+
+    def in_micro_batches(self, update: Callable[[Any], dict[str, float]]) -> dict[str, float]:
+        """`update(config)` with micro-batches of the configuration's size, or smaller since memory ran out."""
+        tried = self._micro_batches
+        return tried.run(self._engine, lambda tokens: update(self.config.with_micro_batches(tokens)))
+
+    def pause(self, update: int) -> None:
+        """Between two updates of a rollout, `update` of them done: a signal that came ends the run here, saved."""
+        if distributed.max_over_ranks(int(job.stop_asked())):
+            error = self._save(self._step, update) or self._tell(self._writer.settle())
+            self._leave(f"after update {update} of step {self._step + 1}", error)
+
+    def _leave(self, where: str, error: str | None) -> None:
+        if error:
+            self.log.note(f"stopped by a signal {where}, NOT saved: the checkpoints before are as they were")
+        else:
+            self.log.note(f"stopped by a signal {where}, saved: run again to resume")
+        self.log.close()
+        job.stopped()
+        raise SystemExit(1 if error else RESUME_LATER)
+
+    def _save(self, step: int, update: int = 0) -> str | None:
+        """Why the checkpoint could not be written, or None. The run goes on without: a full disk may be emptied."""
+        job.enter("save")
+        shared = {
+            "config": _identity(self.config),
+            "reference": self._engine.reference_hash,
+            "results": self.results,
+        }
+        own = {name: one.state_dict() for name, one in self._tracked.items()}
+        score = None
+        if self.config.checkpoint.best_metric and not update:
+            score = self.log.latest.get(self.config.checkpoint.best_metric)
+        error = self._tell(self._writer.save(step, self._engine, own, shared, update=update, score=score))
+        if self._save_model is not None and not update:
+            self._push_step(step)
+        return error
+
+    def _tell(self, error: str | None) -> str | None:
+        if error:
+            self.log.note(f"checkpoint not written: {error}; the checkpoints before are as they were, the run goes on")
+        return error
 
     @contextmanager
     def guard(self, step: int, batch: Experience | Sequence[Demonstration | PreferenceGroup]) -> Iterator[None]:
@@ -158,18 +266,14 @@ class Session:
             self.log.close()
             raise
 
-    def _save(self, step: int) -> None:
-        state = {name: one.state_dict() for name, one in self._tracked.items()}
-        state["config"] = _identity(self.config)
-        checkpoint.save(self._checkpoints, step, self._engine, state, self.config.checkpoint.keep)
-        if self._save_model is not None:
-            self._engine.generation_mode()
-            if distributed.rank() == 0:
-                folder = self.directory / ".model.pushed"
-                self._write_model(folder, self._save_model, {"step": step})
-                self._push(folder, f"step {step}")
-                shutil.rmtree(folder)
-            distributed.barrier()
+    def _push_step(self, step: int) -> None:
+        self._engine.generation_mode()
+        if distributed.rank() == 0:
+            folder = self.directory / ".model.pushed"
+            self._write_model(folder, self._save_model, {"step": step})
+            self._push(folder, f"step {step}")
+            shutil.rmtree(folder)
+        distributed.barrier()
 
     def _write_model(self, folder: Path, save_model: Callable[[Path], None], results: Mapping[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -204,8 +308,13 @@ class Session:
         every = self.config.evaluation.every
         return bool(every) and self.config.evaluation.data is not None and (step + 1) % every == 0
 
+    def measures_before(self) -> bool:
+        """Is the test data looked at before the first step? Once: a run that stopped after it has its results."""
+        return self.config.evaluation.test_before and self.first_step == 0 and not self.results
+
     def finish(self, results: Mapping[str, Any], save_model: Callable[[Path], None]) -> None:
         """Save the model, record the results; the last thing that a stage does."""
+        job.enter("finish")
         if distributed.rank() == 0:
             partial, final = self.directory / ".model.partial", self.directory / "model"
             self._write_model(partial, save_model, results)
@@ -235,9 +344,11 @@ def _texts(batch: Experience | Sequence[Demonstration | PreferenceGroup]) -> lis
 
 
 def _identity(config: StageConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json", by_alias=True, exclude=_FREE)
-    del values["training"]["max_steps"]
-    return values
+    """What a checkpoint's run and its resumption must have in common, secrets redacted."""
+    values = redacted(config)
+    for key in ("max_steps", "micro_batch_tokens"):  # the gradient does not depend on how a step is cut
+        del values["training"][key]
+    return {key: value for key, value in values.items() if key not in _FREE}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

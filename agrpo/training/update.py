@@ -27,6 +27,7 @@ from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.engine.layout import Layout
 from agrpo.training.batches import Sequences, in_step, micro_batches
+from agrpo.training.buffer import Buffer
 from agrpo.training.preference import RankedBatch, flips, implicit_scores, strata_of_all_ranks, to_device
 from agrpo.types import Experience
 
@@ -65,6 +66,7 @@ def update_policy(
     config: PolicyConfig,
     learning_rate: float,
     ranked: RankedBatch | None = None,
+    buffer: Buffer | None = None,
 ) -> dict[str, float]:
     """`objective.updates_per_rollout` optimiser steps, each over the whole experience of all ranks.
 
@@ -75,6 +77,7 @@ def update_policy(
 
     Args:
         ranked: ranked data that has its share in L_group; None where the configuration has none.
+        buffer: where the updates stand, for a run that stops between two of them and goes on there.
 
     Returns:
         Metrics of the step, means over all ranks: of the last update, except `loss` and `grad_norm`, of the first.
@@ -85,9 +88,9 @@ def update_policy(
     from_data = 0.0 if ranked is None or ranked.totals["weight/0"] == 0 else objective.group_loss.ranked.ratio
     old: list[Tensor | None] = [None] * len(batches)
     weights = [batch.weights for batch in batches]
-    metrics: dict[str, float] = {}
-    corrected: Counter[str] = Counter()
-    for update in range(objective.updates_per_rollout):
+    buffer = buffer or Buffer()
+    done, metrics, corrected = buffer.resume(old, weights, [len(batch.advantages) for batch in batches])
+    for update in range(done, objective.updates_per_rollout):
         sums: Counter[str] = Counter()
         for b, counts, last in in_step(batches):
             batch = batches[b]
@@ -136,6 +139,8 @@ def update_policy(
             sums.update(_learn_ranked(engine, ranked, coefficients.lambda_ * from_data))
         norm = engine.step(learning_rate)
         metrics |= _means(distributed.sum_over_ranks(_complete(sums)), norm, update, totals, ranked)
+        if update + 1 < objective.updates_per_rollout:
+            buffer.after_update(update + 1, old, weights, metrics, corrected)
     if config.corrects_sampler:
         metrics |= _sampler_mismatch(corrected, totals.tokens)
     return metrics | {"agrpo/skipped_steps": engine.skipped_steps}

@@ -46,20 +46,20 @@ def main(config: SFTConfig) -> None:
         held_out = encode_prompts(rows, tokenizer, config.max_length, log.note)
     if evaluation.test is not None:
         test = encode_prompts(read_prompts(evaluation.test, log.note), tokenizer, config.max_length, log.note)
-    results = {}
-    if evaluation.test_before and session.first_step == 0:
-        results |= write_evaluation(session, "before", evaluate_policy(engine, test, rewards, evaluation, config.seed))
-
     stream = Stream(len(prompts), training.batch_size, config.seed, distributed.rank(), distributed.world())
     session.restore(engine, stream=stream)
     session.push_saves(save_model)
+    if session.measures_before():
+        before = evaluate_policy(engine, test, rewards, evaluation, config.seed)
+        session.results |= write_evaluation(session, "before", before)
     for step in session.steps():
         began = time.perf_counter()
         rows = [index for _, index in next(stream)]
         batch = Sequences.of([prompts[i] for i in rows], [completions[i] for i in rows])
         rate = learning_rate(step, training)
         with session.guard(step, [data[i] for i in rows]):
-            metrics = imitate(engine, batch, training.micro_batch_tokens, rate)
+            update = partial(imitate, engine, batch, learning_rate=rate)
+            metrics = session.in_micro_batches(lambda own, update=update: update(own.training.micro_batch_tokens))
         seconds = time.perf_counter() - began
         metrics |= {"learning_rate": rate, "time/step_s": seconds}
         metrics["throughput/completion_tokens_per_s"] = metrics["num_tokens"] / seconds
@@ -69,6 +69,7 @@ def main(config: SFTConfig) -> None:
                 metrics |= evaluate_policy(engine, held_out, rewards, evaluation, config.seed).metrics()
         log.step(step, metrics)
 
+    results = dict(session.results)
     if held_out is not None:
         results["validation_loss"] = evaluation_loss(engine, *tokens, training.micro_batch_tokens)
     if test is not None:

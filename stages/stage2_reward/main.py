@@ -75,7 +75,9 @@ def main(config: RewardConfig) -> None:
         rate = learning_rate(step, training)
         ranked = [groups[i] for i in rows]
         with session.guard(step, ranked):
-            metrics = fit_preferences(engine, batch, ranked, config, lambda_.value, scale, rate)
+            how = {"lambda_": lambda_.value, "margin_scale": scale, "learning_rate": rate}
+            update = partial(fit_preferences, engine, batch, ranked, **how)
+            metrics = session.in_micro_batches(lambda own, update=update: update(own))
         seconds = time.perf_counter() - began
         metrics |= {"learning_rate": rate, "time/step_s": seconds, "agrpo/lambda": lambda_.value}
         metrics["throughput/completion_tokens_per_s"] = metrics["num_tokens"] / seconds

@@ -13,6 +13,7 @@ from agrpo.engine.hybrid import HybridEngine
 from agrpo.engine.modules import ActorCritic, Policy
 from agrpo.evaluation.policy import evaluate_policy
 from agrpo.models import load_language_model, load_tokenizer, make_trainable, save_language_model, stop_ids
+from agrpo.training.buffer import Buffer
 from agrpo.training.controllers import Controllers
 from agrpo.training.experience import make_experience, prune
 from agrpo.training.grouping import Sampler
@@ -58,38 +59,48 @@ def main(config: PolicyConfig) -> None:
     save_model = partial(save_language_model, engine.whole_policy.lm, tokenizer)
     session.describe(policy)
     session.notes([describe(config.objective.kl), *controllers.notes])
-    results = {}
-    if evaluation.test_before and session.first_step == 0:
-        before = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)
-        results |= write_evaluation(session, "before", before)
-
     stream = Stream(len(prompts), config.prompts_per_rollout, config.seed, distributed.rank(), distributed.world())
     ranked = RankedData(config, tokenizer, log.note)
+    buffer = Buffer(session.pause)
     sample = Sampler(config, prompts, stream, rewards)
-    session.restore(engine, stream=stream, ranked=ranked, controllers=controllers, rewards=rewards, sampler=sample)
+    tracked = {"stream": stream, "ranked": ranked, "controllers": controllers, "rewards": rewards}
+    session.restore(engine, **tracked, sampler=sample, buffer=buffer)
     session.push_saves(save_model)
+    if session.measures_before():
+        before = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)
+        session.results |= write_evaluation(session, "before", before)
     for step in session.steps():
         began = perf_counter()
-        rollout, scores, metrics = sample(engine, step)
-        require_scores(rewards, scores)
+        resumed = buffer.in_use
+        if not resumed:
+            rollout, scores, metrics = sample(engine, step)
+            require_scores(rewards, scores)
+            experience = make_experience(engine, rollout, scores, rewards, config, controllers.beta.value)
+            buffer.fill(experience, metrics | rollout_metrics(experience, rewards))
         sampled = perf_counter()
-        experience = make_experience(engine, rollout, scores, rewards, config, controllers.beta.value)
+        experience, metrics = buffer.experience, buffer.metrics
         rate = learning_rate(step, config.training)
+        kept, of_step = prune(experience, config.pruning), ranked.again() if resumed else next(ranked)
+        coefficients = controllers.coefficients()
         with session.guard(step, experience):
-            metrics |= update_policy(
-                engine, prune(experience, config.pruning), controllers.coefficients(), config, rate, next(ranked)
+            update = partial(
+                update_policy, engine, kept, coefficients, learning_rate=rate, ranked=of_step, buffer=buffer
             )
+            metrics |= session.in_micro_batches(lambda own, update=update: update(own))
+        buffer.clear()
         done = perf_counter()
-        metrics |= rollout_metrics(experience, rewards, done - began)
-        metrics |= {"time/update_s": done - sampled, "learning_rate": rate, **controllers.metrics()}
+        metrics |= {"time/update_s": done - sampled, "time/step_s": done - began}
+        metrics |= {"throughput/completion_tokens_per_s": metrics["num_tokens"] / (done - began)}
+        metrics |= {"learning_rate": rate, **controllers.metrics()}
         session.notes(controllers.observe(metrics))
-        observe_scores(rewards, scores)
+        observe_scores(rewards, experience.scores)
         if session.evaluation_due(step):
             metrics |= evaluate_policy(engine, held_out["validation"], verifier, evaluation, config.seed).metrics()
         log.step(step, metrics)
         few = config.logging.samples_per_step
         log.samples(step, sample_rows(engine, experience, rewards, few, sampling.temperature))
 
+    results = dict(session.results)
     if "test" in held_out:
         after = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)
         results |= write_evaluation(session, "test", after)

@@ -76,6 +76,11 @@ class NativeBackend:
     def rest(self) -> None:
         """It holds nothing between two calls."""
 
+    def shrink(self) -> bool:
+        """Half as many completions decode together: each still draws what it would have drawn."""
+        self.max_sequences //= 2
+        return self.max_sequences >= 1
+
     @torch.no_grad()
     def generate(
         self,

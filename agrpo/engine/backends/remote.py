@@ -141,6 +141,10 @@ class RemoteBackend:
     def rest(self) -> None:
         """The servers hold nothing of this process's memory."""
 
+    def shrink(self) -> bool:
+        """Nor is there any to give up."""
+        return False
+
     def _label(self, weight_version: int) -> str:
         return f"{self._run}:{weight_version}"
 

@@ -79,6 +79,10 @@ class VllmBackend:
             self._llm.sleep(level=1)
             self._asleep = True
 
+    def shrink(self) -> bool:
+        """vLLM has reserved its memory: there is nothing to give up."""
+        return False
+
     @torch.no_grad()
     def _take_weights(self) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights(self.policy)})

@@ -74,7 +74,7 @@ const CHARTS = {
     ["Throughput and memory", [
       { title: "Throughput", unit: "completion tokens a second", smooth: true, zero: true, lines: [["throughput/completion_tokens_per_s", "tokens/s"]] },
       { title: "Time of a step", unit: "seconds", smooth: true, zero: true, lines: [["time/step_s", "step"], ["time/generate_s", "generate"], ["time/update_s", "update"], ["time/reward_s", "reward"]] },
-      { title: "Peak memory", unit: "GiB", zero: true, lines: [["throughput/peak_memory_gib", "peak"]] },
+      { title: "Peak memory", unit: "GiB", zero: true, lines: [["memory/peak_gib", "peak"]] },
     ]],
   ],
   reward: [

@@ -1,0 +1,153 @@
+"""The launcher watches real processes: they import agrpo.job and nothing heavy, so each case takes a second."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from stage_runs import ROOT, environment
+
+from agrpo import job
+
+# A rank: its place is in RANK, what befalls it in the test's own words.
+RANK = """
+import os, signal, sys, time
+from agrpo import job
+job.listen()
+rank = int(os.environ["RANK"])
+job.enter("update", 7)
+job.mark()
+def wait_for(others):  # as in a collective: until the launcher ends it
+    time.sleep(30)
+"""
+LAUNCHER = """
+import sys, tempfile
+from pathlib import Path
+from agrpo import job
+from agrpo.launch import _Ranks
+job.listen()
+print("listens", flush=True)
+with tempfile.TemporaryDirectory() as folder:
+    ranks = _Ranks(Path(folder), [sys.executable, "-c", sys.argv[1]], int(sys.argv[2]), 1)
+    try:
+        code = ranks.watch(float(sys.argv[3]), saves=sys.argv[4] == "saves")
+    finally:
+        ranks.kill()
+raise SystemExit(code)
+"""
+
+
+def start(what, count=2, hang_timeout=60.0, saves=True):
+    arguments = [RANK + what, str(count), str(hang_timeout), "saves" if saves else "does not"]
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, *arguments],
+        cwd=ROOT,
+        env=environment(count),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    began = time.monotonic()
+    said = process.communicate(timeout=40)
+    return process.returncode, "".join(said), time.monotonic() - began
+
+
+def test_ranks_that_end_well_end_the_job():
+    assert finish(start("print('rank', rank)"))[:1] == (0,)
+
+
+def test_a_killed_rank_is_named_with_its_phase_and_the_others_end():
+    what = "wait_for('rank 1') if rank == 0 else os.kill(os.getpid(), signal.SIGKILL)"
+    code, said, seconds = finish(start(what))
+    assert code == 128 + signal.SIGKILL and seconds < 10
+    assert "rank 1 was killed by SIGKILL in phase 'step 7: update'" in said
+
+
+def test_the_rank_that_failed_first_is_told_from_the_one_that_lost_its_peer():
+    what = """
+if rank == 1:
+    job.enter("score")
+    job.report("rewards: nothing can be scored")
+    raise SystemExit(2)
+time.sleep(0.3)
+raise RuntimeError("connection closed by peer")
+"""
+    code, said, _ = finish(start(what))
+    assert code == 2 and "error: rewards: nothing can be scored" in said
+    assert "rank 1 ended with exit code 2 in phase 'step 7: score'" in said
+
+
+@pytest.mark.parametrize(
+    "hangs", ["job.mark(); wait_for('rank 1')", "job.mark(); os.kill(os.getpid(), signal.SIGSTOP)"]
+)
+def test_a_hung_rank_is_named_and_says_where(hangs):
+    """Rank 0 has gone one mark further, or rank 1 is frozen beside it."""
+    what = f"""
+def reward_that_never_ends():
+    {hangs if "SIGSTOP" in hangs else "wait_for('ever')"}
+if rank == 0:
+    job.mark()
+    wait_for('rank 1')
+reward_that_never_ends()
+"""
+    code, said, seconds = finish(start(what, hang_timeout=1.0))
+    assert code == 1 and seconds < 10
+    assert "rank 1 hangs: no progress for 1 s in phase 'step 7: update'" in said and "rank 0 hangs" not in said
+    assert "SIGSTOP" in hangs or "reward_that_never_ends" in said
+
+
+SAVES = """
+while not job.stop_asked():
+    time.sleep(0.02)
+    job.mark()
+time.sleep(0.2)
+raise SystemExit(75)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_launcher_reaches_every_rank_also_while_they_start(number):
+    process = start(SAVES)
+    assert process.stdout.readline() == "listens\n"
+    process.send_signal(number)
+    assert finish(process)[0] == 75
+
+
+def test_what_cannot_be_saved_ends_at_once():
+    process = start(SAVES, saves=False)
+    assert process.stdout.readline() == "listens\n"
+    process.send_signal(signal.SIGTERM)
+    code, _, seconds = finish(process)
+    assert code == 128 + signal.SIGTERM and seconds < 5
+
+
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path):
+    process = start(f"open({str(tmp_path)!r} + f'/{{rank}}', 'w').write(str(os.getpid()))" + SAVES)
+    until = time.monotonic() + 20
+    while time.monotonic() < until and len([p for p in tmp_path.iterdir() if p.read_text()]) < 2:
+        time.sleep(0.05)
+    pids = [int(path.read_text()) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    process.kill()
+    process.wait()
+    while time.monotonic() < until and any(map(_runs, pids)):
+        time.sleep(0.05)
+    assert not any(map(_runs, pids))
+
+
+def _runs(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_progress_of_a_rank_that_never_began_is_known(tmp_path):
+    assert str(job.progress(tmp_path, 3)) == "start-up" and job.reported(tmp_path, 3) is None

@@ -1,0 +1,31 @@
+"""`agrpo benchmark step` and `agrpo benchmark parts`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from agrpo.types import InputError
+
+_USAGE = """usage: agrpo benchmark step  [options]   a whole GRPO step, ours and TRL's
+       agrpo benchmark parts [options]   the pieces alone: sampler, forward and backward, head, sync
+--help after either tells its options.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    what, *rest = arguments or ["--help"]
+    try:
+        if what == "step":
+            from agrpo.benchmark.step import main as step
+
+            return step(rest)
+        if what == "parts":
+            from agrpo.benchmark.parts import main as parts
+
+            return parts(rest)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(_USAGE, end="", file=sys.stdout if what in ("-h", "--help") else sys.stderr)
+    return 0 if what in ("-h", "--help") else 2

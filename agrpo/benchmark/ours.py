@@ -66,7 +66,7 @@ def configuration(work: Work) -> PolicyConfig:
             },
             "advantage": {"kind": "group"},
             "pruning": {"rate": work.pruned},
-            "engine": {"zero_stage": 1 if work.dtype == "bfloat16" else 0},
+            "engine": {"zero_stage": 1 if work.dtype == "bfloat16" else 0, "fast": not work.plain},
             "rewards": [{"target": "agrpo.benchmark.work.reward_of"}],
         }
     )
@@ -81,7 +81,7 @@ def run(work: Work) -> None:
     lm = load_language_model(config.model, tokenizer, config.seed)
     shape = Shape.of(lm)
     engine = HybridEngine(
-        Policy(lm, flat=not work.plain),
+        Policy(lm),
         engine=config.engine,
         training=config.training,
         tokenizer=tokenizer,

@@ -93,6 +93,7 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "cpu"] = "none"  # where the optimiser's state lives
     activation_checkpointing: bool = False
+    fast: bool = True  # fused layers, joined and packed weights while sampling; false: the models' own modules
 
 
 class CheckpointConfig(Section):

@@ -18,6 +18,7 @@ from agrpo.config import EngineConfig, RolloutConfig, TrainingConfig
 from agrpo.engine import distributed
 from agrpo.engine.backends.build import build_backend
 from agrpo.engine.backends.native import Sampling
+from agrpo.engine.fused import fuse_layers
 from agrpo.engine.layout import Layout
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.types import Prompt, Rollout
@@ -75,6 +76,9 @@ class HybridEngine:
         self.device = distributed.device()
         self.zero_stage, self._clipping = engine.zero_stage, training.gradient_clipping
         policy = module if isinstance(module, Policy) else module.policy
+        policy.fast = engine.fast
+        if engine.fast and policy.fallback_reason is None:
+            fuse_layers(policy.lm)
         if engine.activation_checkpointing:
             causal_lm(policy.lm).gradient_checkpointing_enable({"use_reentrant": False})
         has_adapters = hasattr(policy.lm, "disable_adapter")

@@ -6,7 +6,6 @@ Legend: P prompts of p tokens each, G completions of each prompt, T tokens of ea
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
+
+from agrpo.engine.memory import peak_memory
 
 PHASES = ("generation", "reference", "forward", "backward", "optimiser", "sync", "other")
 UPDATE = ("reference", "forward", "backward", "optimiser")
@@ -160,11 +161,6 @@ class Turns:
         phases["other"] = max(0.0, wall - sum(phases.values()))
         phases_cpu["other"] = max(0.0, cpu - sum(phases_cpu.values()))
         self.tell("step", wall=wall, cpu=cpu, phases=phases, phases_cpu=phases_cpu, peak_memory=peak_memory(), **values)
-
-
-def peak_memory() -> int:
-    """Bytes: the most that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def dense_model(gguf: str, folder: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from agrpo.algorithms.advantages import zero_signal_fraction
 from agrpo.algorithms.segments import segment_sum
 from agrpo.engine import distributed
+from agrpo.engine.memory import peak_memory
 from agrpo.evaluation.policy import PolicyEvaluation
 from agrpo.reporting.files import to_json
 from agrpo.training.scoring import Scores
@@ -55,6 +56,7 @@ def rollout_metrics(experience: Experience, rewards: Scores, seconds: float) -> 
         "num_tokens": sums["tokens"],
         "time/step_s": seconds,
         "throughput/completion_tokens_per_s": sums["tokens"] / seconds,
+        "memory/peak_gib": distributed.max_over_ranks(peak_memory()) / 2**30,
     }
 
 

@@ -23,7 +23,7 @@ _USAGE = """usage: agrpo COMMAND …
   plot         a run's curves                       DIR [--out PNG]
   serve-reward rewards for runs elsewhere           --config FILE [--host H] [--port N]
   doctor       what works on this machine           [--config FILE] [key.path=value …] [--stage STAGE] [--json]
-  benchmark    what a step costs here               step [--peer trl|trl-vllm|none] [--json FILE] | parts [--json FILE]
+  benchmark    what a step costs here               step|parts|growth [--json FILE] …
   theory       how far training can move a prompt   --beta B --group-size G|inf [--pass-rate Q] [--plot FILE] [--json]
 """
 

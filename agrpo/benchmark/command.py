@@ -1,4 +1,4 @@
-"""`agrpo benchmark step` and `agrpo benchmark parts`."""
+"""`agrpo benchmark step`, `parts` and `growth`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from agrpo.types import InputError
 
 _USAGE = """usage: agrpo benchmark step  [options]   a whole GRPO step, ours and TRL's
        agrpo benchmark parts [options]   the pieces alone: sampler, forward and backward, head, sync
+       agrpo benchmark growth [options]  how a step's cost grows with lengths, groups, pruning, depth and ranks
 --help after either tells its options.
 """
 
@@ -24,6 +25,10 @@ def main(arguments: Sequence[str]) -> int:
             from agrpo.benchmark.parts import main as parts
 
             return parts(rest)
+        if what == "growth":
+            from agrpo.benchmark.growth import main as growth
+
+            return growth(rest)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

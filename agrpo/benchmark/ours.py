@@ -10,6 +10,7 @@ from torch import Tensor
 
 from agrpo.benchmark.work import Clock, Shape, Turns, Work, prompt_ids, reward_of
 from agrpo.config import PolicyConfig
+from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.engine.modules import Policy, causal_lm
 from agrpo.models import load_language_model, load_tokenizer
@@ -94,7 +95,10 @@ def run(work: Work) -> None:
     controllers, rewards = Controllers(config), _Rewards()
     asked = [prompt_ids(work, tokenizer, causal_lm(lm).config.vocab_size, step) for step in range(work.steps)]
     prompts = [Prompt("", tuple(ids), 0, {}) for of_step in asked for ids in of_step]
-    stream = iter([(slot, step * work.prompts + slot) for slot in range(work.prompts)] for step in range(work.steps))
+    rank, world = distributed.rank(), distributed.world()
+    stream = iter(
+        [(slot, step * work.prompts + slot) for slot in range(rank, work.prompts, world)] for step in range(work.steps)
+    )
     sample = Sampler(config, prompts, stream, rewards)
     for method, phase in (
         ("generate", "generation"),
@@ -118,13 +122,17 @@ def run(work: Work) -> None:
             profile.__exit__(None, None, None)
             print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40), file=sys.stderr)
         turns.done(
-            prompts=[len(p.ids) for p in rollout.prompts],
-            lengths=rollout.lengths.tolist(),
-            kept=len(kept.rollout.lengths),
+            prompts=_of_all([len(p.ids) for p in rollout.prompts]),
+            lengths=_of_all(rollout.lengths.tolist()),
+            kept=len(_of_all(kept.rollout.lengths.tolist())),
             kl=metrics["kl"],
             entropy=metrics["entropy"],
             grad_norm=metrics["grad_norm"],
         )
+
+
+def _of_all(values: list[int]) -> list[int]:
+    return [value for own in distributed.gather_objects(values) for value in own]
 
 
 def _trace() -> Any:

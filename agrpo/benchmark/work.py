@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+from agrpo.engine import distributed
 from agrpo.engine.memory import peak_memory
 
 PHASES = ("generation", "reference", "forward", "backward", "optimiser", "sync", "other")
@@ -34,7 +35,8 @@ class Work:
     dtype: str = "bfloat16"
     learning_rate: float = 1e-6
     pruned: float = 0.0  # CPPO's rate
-    threads: int = 1
+    threads: int = 1  # of each rank
+    ranks: int = 1
     steps: int = 4  # of which the first is reported apart
     plain: bool = False  # ours without its fast paths
     trace: bool = False  # ours: say where the time goes, operator by operator
@@ -137,7 +139,10 @@ class Clock:
 
 
 class Turns:
-    """A contestant's side of the talk with the referee: it waits for its turn, and tells what the turn cost."""
+    """A contestant's side of the talk with the referee: it waits for its turn, and tells what the turn cost.
+
+    Of several ranks the first one talks; all begin and end their turns together.
+    """
 
     def __init__(self, steps: int, clock: Clock) -> None:
         self.steps, self.clock = steps, clock
@@ -145,16 +150,18 @@ class Turns:
         sys.stdout = sys.stderr  # whatever a library prints stays out of the talk
 
     def tell(self, kind: str, **values: Any) -> None:
-        print(json.dumps({"kind": kind, **values}), file=self._out, flush=True)
+        if distributed.rank() == 0:
+            print(json.dumps({"kind": kind, **values}), file=self._out, flush=True)
 
     def wait(self) -> None:
-        if not sys.stdin.readline():
+        if distributed.max_over_ranks(int(distributed.rank() == 0 and not sys.stdin.readline())):
             raise SystemExit(0)
         self.clock.wall.clear()
         self.clock.cpu.clear()
         self._began = perf_counter(), process_time()
 
     def done(self, **values: Any) -> None:
+        distributed.barrier()
         wall, cpu = perf_counter() - self._began[0], process_time() - self._began[1]
         phases = {name: self.clock.wall[name] for name in PHASES if name != "other"}
         phases_cpu = {name: self.clock.cpu[name] for name in phases}

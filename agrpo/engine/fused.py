@@ -2,7 +2,7 @@
 
 They replace the forward of single modules in place, so hooks, adapters and sharding go on as they were. Only modules
 of the flat families are touched, and only where their mathematics is known: root-mean-square norms and gated linear
-units with SiLU. `tests/engine/test_fused.py` compares each with the module's own forward.
+units with SiLU. `tests/engine/test_flat_forward.py` compares models with and without them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 _NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _GATED = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP")
 
 
@@ -26,16 +28,10 @@ def fuse_layers(lm: nn.Module) -> int:
         if kind in _NORMS:
             module.forward = MethodType(_norm, module)
             fused += 1
-        elif kind in _GATED and isinstance(module.act_fn, nn.SiLU | type(_silu_of_transformers())):
+        elif kind in _GATED and isinstance(module.act_fn, _SILU):
             module.forward = MethodType(_gated, module)
             fused += 1
     return fused
-
-
-def _silu_of_transformers() -> nn.Module:
-    from transformers.activations import ACT2FN
-
-    return ACT2FN["silu"]
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
@@ -65,7 +61,7 @@ class _RmsNorm(torch.autograd.Function):
             of_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, of_weight, None
-        g = grad * weight.float() if grad.dtype != torch.float32 else grad * weight
+        g = grad.float() * weight
         share = (g * normal).mean(-1, keepdim=True)
         return g.sub_(normal.mul_(share)).mul_(scale).to(x.dtype), of_weight, None
 

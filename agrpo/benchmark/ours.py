@@ -52,7 +52,11 @@ def configuration(work: Work) -> PolicyConfig:
         {
             "model": {"name_or_path": work.model, "dtype": work.dtype},
             "data": {"source": "python:agrpo.data.tasks.instructions:prompts"},
-            "training": {"max_steps": work.steps, "learning_rate": work.learning_rate},
+            "training": {
+                "max_steps": work.steps,
+                "learning_rate": work.learning_rate,
+                "micro_batch_tokens": work.micro_batch_tokens,
+            },
             "sampling": {
                 "num_generations": work.group,
                 "prompts_per_step": work.prompts,

@@ -44,6 +44,7 @@ class Contestant:
         self, name: str, work: Work, options: Mapping[str, Any], ranks: int = 1, log: Path | None = None
     ) -> None:
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        self.name = name
         self._log = tempfile.TemporaryFile("w+") if log is None else log.open("w+")  # noqa: SIM115  # closed by close()
         environment = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
@@ -74,6 +75,14 @@ class Contestant:
         except BrokenPipeError:
             pass  # `hear` says why
         self.steps.append(self.hear("step"))
+        told = self.steps[-1]
+        phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in told["phases"].items())
+        print(
+            f"{self.name}, step {len(self.steps)}: {told['wall']:.2f} s (CPU {told['cpu']:.2f}): {phases};"
+            f" peak {told['peak_memory'] / _GIB:.2f} GiB",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -281,6 +290,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--steps", type=int, default=4, help="the first is reported apart")
     own.add_argument("--plain", action="store_true", help="ours with its fast paths off")
     own.add_argument("--trace", action="store_true", help="print ours' operators of the last step, needs --log")
+    own.add_argument("--micro-batch-tokens", type=int, default=1280, help="of ours: training.micro_batch_tokens")
     own.add_argument("--peer-precision", choices=("amp", "pure", "float32"), default="pure")
     own.add_argument("--peer-batch", type=int, help="completions of one forward of the peer; default all")
     own.add_argument("--peer-checkpointing", action="store_true", help="TRL's default, slower")
@@ -312,6 +322,7 @@ def main(arguments: Sequence[str]) -> int:
             threads=args.threads,
             ranks=args.ranks,
             pruned=args.pruned,
+            micro_batch_tokens=args.micro_batch_tokens,
             steps=args.steps,
             plain=args.plain,
             trace=args.trace,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BUCKET = 500_000_000  # numbers of DeepSpeed's reduction buffer, allocated whole from ZeRO 1 on
+BUCKET = 50_000_000  # numbers of DeepSpeed's reduction buffer (engine/hybrid.py), allocated whole from ZeRO 1 on
 LIVE = 1_000_000_000  # parameters that DeepSpeed's ZeRO-3 keeps gathered
 TOKENS, SLICE, SLICE_CUDA = 4096, 1 << 20, 1 << 26  # of the head: tokens at a time, logits of a slice of V
 

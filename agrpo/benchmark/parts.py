@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from importlib import util
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from agrpo.types import InputError
@@ -72,17 +72,26 @@ def _told(args: argparse.Namespace) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
+def _seconds(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median wall and CPU seconds after one call to warm up."""
     times = []
     for _ in range(repeats + 1):
-        began = perf_counter()
+        wall, cpu = perf_counter(), process_time()
         call()
-        times.append(perf_counter() - began)
-    return median(times[1:])
+        times.append((perf_counter() - wall, process_time() - cpu))
+    walls, cpus = zip(*times[1:], strict=True)
+    return median(walls), median(cpus)
 
 
-def _compared(fast: float, plain: float) -> dict[str, float]:
-    return {"fast_s": fast, "plain_s": plain, "ratio": plain / fast}
+def _compared(fast: tuple[float, float], plain: tuple[float, float]) -> dict[str, float]:
+    return {
+        "fast_s": fast[0],
+        "plain_s": plain[0],
+        "ratio": plain[0] / fast[0],
+        "fast_cpu_s": fast[1],
+        "plain_cpu_s": plain[1],
+        "cpu_ratio": plain[1] / fast[1],
+    }
 
 
 def _load(path: str, args: argparse.Namespace) -> Any:
@@ -222,4 +231,5 @@ def _sync(path: str, args: argparse.Namespace) -> dict[str, Any]:
         engine.weight_version += 1
         engine.generation_mode()
 
-    return {"sync_s": _seconds(sync, args.repeats)}
+    wall, cpu = _seconds(sync, args.repeats)
+    return {"sync_s": wall, "sync_cpu_s": cpu}

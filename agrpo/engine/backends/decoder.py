@@ -2,7 +2,7 @@
 
 Decoding reads every weight for a handful of tokens, so what counts is few, large products and little between them. This
 is the arithmetic of transformers' Llama, Qwen2 and Qwen3, in the same order and precision, on copies of the weights
-whose products are joined: query, key and value in one, gate and up in one. The copies live while the engine samples.
+whose products are joined: query, key and value in one, gate and up in one. The copies live for one call of the sampler.
 """
 
 from __future__ import annotations

@@ -73,15 +73,12 @@ class NativeBackend:
         self.stop = torch.tensor(list(stop))
         self.weight_version = 0
         self._fuses = fused and flat and can_fuse(lm)
-        self._decoder: FusedDecoder | None = None
 
     def follow(self, weight_version: int) -> None:
-        if weight_version != self.weight_version:
-            self._decoder = None
         self.weight_version = weight_version
 
     def rest(self) -> None:
-        self._decoder = None
+        """It holds nothing between two calls."""
 
     @torch.no_grad()
     def generate(
@@ -135,8 +132,7 @@ class NativeBackend:
         running = torch.zeros(lines, dtype=torch.bool)
         token = torch.zeros(lines, dtype=torch.long, device=device)  # its last
         began = 0
-        if self._fuses and self._decoder is None:
-            self._decoder = FusedDecoder(self.lm, lines)
+        decoder = FusedDecoder(self.lm, lines) if self._fuses else None  # copies of the weights as they are now
         while True:
             alive, waiting = int(running.sum()), len(ids) - began
             if waiting and len(row) - alive >= min(waiting, _REFILL_AT * lines):
@@ -152,7 +148,7 @@ class NativeBackend:
                 on = running.nonzero()[:, 0]
                 row, token, running = row[on], token[on.to(device)], running[on]
                 cache.keep(on.to(device))
-            logits = cache.step(self.lm, token, running, self._decoder)
+            logits = cache.step(self.lm, token, running, decoder)
             if alive == len(row):
                 token, running = completions.draw(row, logits)
             else:

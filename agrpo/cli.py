@@ -34,6 +34,7 @@ _USAGE = """usage: agrpo COMMAND …
   serve-reward rewards for runs elsewhere           --config FILE [--host H] [--port N]
   serve-rollout  sampling for runs elsewhere        --model DIR [--backend native|vllm] [--host H] [--port N]
   doctor       what works on this machine           [--config FILE] [key.path=value …] [--stage STAGE] [--json]
+  benchmark    what a step costs here               step|parts|growth [--json FILE] …
   theory       how far training can move a prompt   --beta B --group-size G|inf [--pass-rate Q] [--plot FILE] [--json]
 """
 
@@ -90,6 +91,10 @@ def main() -> int:
         from agrpo.doctor.command import main as doctor
 
         return doctor(arguments)
+    if command == "benchmark":
+        from agrpo.benchmark.command import main as benchmark
+
+        return benchmark(arguments)
     if command == "theory":
         from agrpo.theory import main as theory
 

@@ -278,7 +278,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(folder, done, name):
     for file in ("metrics.jsonl", "samples.jsonl"):
         timeless = [
             [
-                {key: value for key, value in row.items() if not key.startswith(("time", "throughput"))}
+                {key: value for key, value in row.items() if not key.startswith(("time", "throughput", "memory"))}
                 for row in rows(directory / file)
             ]
             for directory in (again, straight)

@@ -23,7 +23,7 @@ POLICY_STEP = EVERY_STEP | {
     *("reward", "reward_std", "rewards/accuracy/mean", "kl", "entropy", "completions/mean_length"),
     *("completions/clipped_ratio", "clip_ratio/region_mean", "frac_reward_zero_std", "agrpo/beta", "agrpo/epsilon"),
     *("agrpo/lambda", "agrpo/kl_symmetric", "agrpo/advantage_variance", "time/generate_s", "time/reward_s"),
-    "time/update_s",
+    *("time/update_s", "memory/peak_gib"),
 }
 # An untrained model is never right: the second reward is what it can learn from.
 REWARDS = "[{target: reward_models.rules.accuracy}, {target: reward_models.rules.length, scale: 16, tokens: 4}]"

@@ -102,6 +102,7 @@ def engine_of(
     pad="t0",
     rollout=None,
     longest=None,
+    fast=True,
     **training,
 ):
     """A HybridEngine around a language model, with a value or a score head where asked for."""
@@ -112,7 +113,7 @@ def engine_of(
     policy = (ActorCritic if critic else Policy)(lm, flat)
     return HybridEngine(
         Scorer(policy) if scorer else policy,
-        engine=EngineConfig(zero_stage=zero_stage, offload=offload, activation_checkpointing=checkpointing),
+        engine=EngineConfig(zero_stage=zero_stage, offload=offload, activation_checkpointing=checkpointing, fast=fast),
         training=TrainingConfig(max_steps=1, **training),
         tokenizer=tokenizer(pad),
         stop=[1],

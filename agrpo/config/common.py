@@ -96,6 +96,7 @@ class EngineConfig(Section):
     offload: Literal["none", "cpu"] = "none"  # where the optimiser's state lives
     activation_checkpointing: bool = False
     hang_timeout_s: Positive = 1800.0  # of several processes: without progress for so long, the job ends and names one
+    fast: bool = True  # fused layers, joined and packed weights while sampling; false: the models' own modules
 
 
 class CheckpointConfig(Section):

@@ -137,7 +137,7 @@ def parts(s: Setting) -> dict[str, int]:
             "reference": b * p if s.reference else 0,
             "whole copy of ZeRO-3": b * p if s.zero == 3 else 0,
             "activations": memory.activations(s.shape, s.batch, b, s.checkpointing),
-            "logits": memory.logits(s.shape, s.batch, b),
+            "logits": memory.logits(s.shape, s.batch, b, s.cuda),
         }
     found["key-value cache"] = memory.kv_cache(s.shape, s.rows, s.prompt, s.completion, b) if s.completion else 0
     return found

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BUCKET = 500_000_000  # numbers of DeepSpeed's reduction buffer, allocated whole from ZeRO 1 on
+BUCKET = 50_000_000  # numbers of DeepSpeed's reduction buffer (engine/hybrid.py), allocated whole from ZeRO 1 on
 LIVE = 1_000_000_000  # parameters that DeepSpeed's ZeRO-3 keeps gathered
-CHUNK = 1 << 24  # logits of one chunk of the head
+TOKENS, SLICE, SLICE_CUDA = 4096, 1 << 20, 1 << 26  # of the head: tokens at a time, logits of a slice of V
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,27 @@ def bucket(t: int, b: int, zero: int, cuda: bool) -> int:
 def activations(shape: Shape, batch: Batch, b: int, checkpointing: bool) -> int:
     """What a Llama-like backbone keeps for its backward pass, and one layer's gradients of it.
 
-    A layer keeps, a token: 6·H (input, normalised and scaled, twice), 2·Q (queries as attention reads them, its
-    output) and 1·Q (the output again, in the order of the axis), 4·F (gate, its activation, up, their product); and
-    2·K for each key token. Checkpointed, H for a layer and all of it for one layer at a time. Scores of attention are
-    not kept (flash). A family that does not run flat has its prompts repeated and its (S, V) logits whole: more.
+    A layer keeps, a token: 4·H (input and its norm, twice), 2·Q (queries as attention reads them, its output), 3·F
+    (gate, up, their product); and 2·K for each key token. Checkpointed, H for a layer and all of it for one layer at a
+    time. Scores of attention are not kept. With long rows or on a GPU it is Q more (the flash kernel's own output). A
+    family that does not run flat has its prompts repeated and its (S, V) logits whole: more.
     """
-    layer = b * (batch.tokens * (6 * shape.hidden + 3 * shape.query + 4 * shape.intermediate))
+    layer = b * (batch.tokens * (4 * shape.hidden + 2 * shape.query + 3 * shape.intermediate))
     layer += b * batch.key_tokens * 2 * shape.key
     kept = b * batch.tokens * shape.hidden * shape.layers + layer if checkpointing else layer * shape.layers
     return kept + layer + 2 * b * batch.tokens * shape.hidden
 
 
-def logits(shape: Shape, batch: Batch, b: int) -> int:
-    """A chunk of at most 2²⁴ logits, twice in float32 (once more in two bytes if b is 2), and the head's gradient."""
-    chunk = min(max(CHUNK, shape.vocabulary), batch.completion_tokens * shape.vocabulary)
-    head = 4 * shape.vocabulary * shape.hidden if shape.trainable == shape.parameters else 0
-    return chunk * (8 if b == 4 else 12) + head
+def logits(shape: Shape, batch: Batch, b: int, cuda: bool = False) -> int:
+    """A slice of logits, twice in float32 (once more in two bytes if b is 2), and the head's gradient.
+
+    A slice has at most 4096 tokens and as many of the vocabulary as make 2²⁰ logits (2²⁶ on a GPU), at least 64.
+    """
+    tokens = min(TOKENS, batch.completion_tokens)
+    part = min(max(SLICE_CUDA if cuda else SLICE, 64 * tokens), tokens * shape.vocabulary)
+    exact = 4 if batch.completion_tokens > TOKENS else b  # the head's gradient is summed up in float32
+    head = exact * shape.vocabulary * shape.hidden if shape.trainable == shape.parameters else 0
+    return part * (8 if b == 4 else 12) + head + 4 * batch.completion_tokens * shape.hidden
 
 
 def kv_cache(shape: Shape, rows: int, prompt: int, completion: int, b: int) -> int:

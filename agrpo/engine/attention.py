@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from agrpo.engine.layout import Block, Layout
+from agrpo.engine.short_attention import is_short, short_attention
 
 NAME = "agrpo"
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -76,11 +77,12 @@ class _MoveRows(torch.autograd.Function):
 class FlatAttention:
     """Every token of a layout sees its prompt and, inside a completion, the completion up to itself.
 
-    `stored` collects the layers' keys and values, (S, heads, head size), when the sampler asks for them.
+    `stored` collects the layers' keys and values, (S, heads, head size), when the sampler asks for them. `fast` takes
+    plain products where they are faster than PyTorch's kernel.
     """
 
-    def __init__(self, layout: Layout, store: bool = False) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, store: bool = False, fast: bool = True) -> None:
+        self.layout, self.fast = layout, fast
         self.stored: list[tuple[Tensor, Tensor]] | None = [] if store else None
         self._order = torch.cat([block.places for block in layout.blocks])  # (S,) places in the order of the blocks
         self._all = torch.arange(len(self._order), device=self._order.device)
@@ -109,10 +111,13 @@ class FlatAttention:
             )
             return torch.cat([prompt.index_select(0, block.prompt_of_row), own(x)], 1)
 
+        query, key, value = own(q), keys(k), keys(v)
+        if self.fast and is_short(query, key):
+            return short_attention(query, key, value, block.mask, scale).flatten(0, 1).index_select(0, block.slots)
         out = F.scaled_dot_product_attention(
-            own(q).transpose(1, 2),
-            keys(k).transpose(1, 2),
-            keys(v).transpose(1, 2),
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             attn_mask=block.mask,
             is_causal=block.mask is None,
             scale=scale,

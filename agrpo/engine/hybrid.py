@@ -21,6 +21,7 @@ from agrpo.engine import distributed
 from agrpo.engine.backends.build import build_backend
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.backends.remote import RemoteBackend
+from agrpo.engine.fused import fuse_layers
 from agrpo.engine.layout import Layout
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.engine.out_of_memory import is_out_of_memory
@@ -41,6 +42,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+_BUCKET = 50_000_000  # numbers that ranks reduce together; DeepSpeed's default, ten times more, is memory for nothing
 _COUNTS = ("weight_version", "skipped_steps", "skipped_in_a_row")  # in the checkpoint
 
 
@@ -83,6 +85,9 @@ class HybridEngine:
         self.device = distributed.device()
         self.zero_stage, self._clipping = engine.zero_stage, training.gradient_clipping
         policy = module if isinstance(module, Policy) else module.policy
+        policy.fast = engine.fast
+        if engine.fast and policy.fallback_reason is None:
+            fuse_layers(policy.lm)
         if engine.activation_checkpointing:
             causal_lm(policy.lm).gradient_checkpointing_enable({"use_reentrant": False})
         has_adapters = hasattr(policy.lm, "disable_adapter")
@@ -328,7 +333,7 @@ def _optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optim
 
 
 def _deepspeed_config(engine: EngineConfig, training: TrainingConfig, dtype: str) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": _BUCKET}
     if engine.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
     return {

@@ -35,6 +35,8 @@ class Policy(nn.Module):
     `fallback_reason` says why.
     """
 
+    fast = True  # plain products in attention where they are faster
+
     def __init__(self, lm: nn.Module, flat: bool = True) -> None:
         super().__init__()
         self.lm = lm
@@ -54,7 +56,8 @@ class Policy(nn.Module):
     def _run(self, layout: Layout, temperature: float, states: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same, and where asked for the (C, H) last hidden states that predict the tokens."""
         if self.fallback_reason is None:
-            hidden = flat_states(causal_lm(self.lm).get_decoder(), layout).index_select(0, layout.source)  # (C, H)
+            body = causal_lm(self.lm).get_decoder()
+            hidden = flat_states(body, layout, self.fast).index_select(0, layout.source)  # (C, H)
             return *chunked_logprobs(hidden, self.head, layout.targets, temperature), hidden
         rows, mask, where = plain_rows(layout)
         output = self.lm(input_ids=rows, attention_mask=mask, use_cache=False, output_hidden_states=states)
@@ -101,7 +104,7 @@ class Scorer(nn.Module):
 
     def forward(self, layout: Layout, spoken: Tensor | None = None) -> tuple[Tensor, Tensor]:
         body = causal_lm(self.policy.lm).get_decoder()
-        last, hidden, source = last_states(body, layout, self.policy.fallback_reason is None)
+        last, hidden, source = last_states(body, layout, self.policy.fallback_reason is None, self.policy.fast)
         scores = self.score(last).float()  # (N, heads)
         if spoken is None:
             return scores, scores.new_zeros(0)
@@ -119,18 +122,17 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def flat_states(body: nn.Module, layout: Layout) -> Tensor:
+def flat_states(body: nn.Module, layout: Layout, fast: bool = True) -> Tensor:
     """(S, H) last hidden states of a model with flat attention."""
-    output = body(
-        input_ids=layout.ids[None], position_ids=layout.positions[None], attend=FlatAttention(layout), use_cache=False
-    )
+    attend = FlatAttention(layout, fast=fast)
+    output = body(input_ids=layout.ids[None], position_ids=layout.positions[None], attend=attend, use_cache=False)
     return output.last_hidden_state[0]
 
 
-def last_states(body: nn.Module, layout: Layout, flat: bool) -> tuple[Tensor, Tensor, Tensor]:
+def last_states(body: nn.Module, layout: Layout, flat: bool, fast: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """(N, H) state of each completion's last token; all states, (·, H); and (C,) the state that predicts each token."""
     if flat:
-        states, last, source = flat_states(body, layout), layout.last, layout.source
+        states, last, source = flat_states(body, layout, fast), layout.last, layout.source
     else:
         rows, mask, source = plain_rows(layout)
         states = body(input_ids=rows, attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)

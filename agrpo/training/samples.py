@@ -14,6 +14,7 @@ from agrpo.algorithms.advantages import zero_signal_fraction
 from agrpo.algorithms.segments import segment_sum
 from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
+from agrpo.engine.memory import peak_memory
 from agrpo.evaluation.policy import PolicyEvaluation
 from agrpo.reporting.files import to_json
 from agrpo.training.batches import Sequences
@@ -62,6 +63,7 @@ def rollout_metrics(experience: Experience, rewards: Scores) -> dict[str, float]
         "frac_reward_zero_std": sums["silent"] / sums["groups"],
         "agrpo/advantage_variance": sums["advantage"] / sums["completions"],
         "num_tokens": sums["tokens"],
+        "memory/peak_gib": distributed.max_over_ranks(peak_memory()) / 2**30,
     }
 
 

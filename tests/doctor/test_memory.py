@@ -14,6 +14,7 @@ from agrpo.doctor import memory
 from agrpo.doctor.estimate import architecture, estimate, parts, setting, shape_of, totals
 from agrpo.doctor.memory import Batch, Shape
 from agrpo.engine.backends.native import _FlatCache
+from agrpo.engine.fused import fuse_layers
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy
 from agrpo.models import make_trainable
@@ -34,7 +35,9 @@ def test_activations_are_what_autograd_saves(batch):
     prompts = [(3,) * batch.prompt] * batch.groups
     layout = build_layout(prompts, group, torch.full((rows,), batch.completion), tokens)
     assert len(layout.ids) == batch.tokens and len(layout.targets) == batch.completion_tokens
-    policy, saved = Policy(model()), {}
+    lm = model()
+    fuse_layers(lm)
+    policy, saved = Policy(lm), {}
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
 
     def keep(tensor):
@@ -57,7 +60,7 @@ def test_activations_are_what_autograd_saves(batch):
 def test_the_key_value_cache_is_what_the_native_backend_allocates(rows, limit):
     policy = Policy(model())
     ids = [((3,) * 11, (4,) * 11)[n % 2] for n in range(rows)]
-    cache = _FlatCache(rows, 11 + limit)
+    cache = _FlatCache(rows, 11 + limit, fused=False, device=torch.device("cpu"))
     with torch.no_grad():
         cache.join(policy.lm, ids, torch.arange(rows))
     held = sum(room.numel() * room.element_size() for room in (*cache.keys, *cache.values))

@@ -20,7 +20,7 @@ from agrpo.engine.backends.native import Sampling
 from agrpo.engine.layout import build_layout
 from agrpo.types import InputError, Prompt
 
-CLOCKS = re.compile(r"^(time|throughput)/|^time_s$")
+CLOCKS = re.compile(r"^(time|throughput|memory)/|^time_s$")
 NO_TESTS = ["evaluation.data=null", "evaluation.test=null", "logging.samples_per_step=16"]
 
 

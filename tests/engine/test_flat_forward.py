@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FALLBACKS, FAMILIES, ragged
 
+from agrpo.engine.fused import fuse_layers
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy, Scorer
 
@@ -28,12 +29,18 @@ def gradients(module):
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", [*FAMILIES, *FALLBACKS])
-def test_logprobs_entropy_and_gradients_equal_plain_transformers(family, temperature):
+def test_logprobs_entropy_and_gradients_equal_plain_transformers(family, temperature, fast):
     torch.manual_seed(0)
     plain = {**FAMILIES, **FALLBACKS}[family]().eval()
     policy = Policy(copy.deepcopy(plain)).eval()
+    policy.fast = fast
+    if fast and family in FAMILIES:
+        assert fuse_layers(policy.lm) == sum(
+            "norm" in name or name.endswith("mlp") for name, _ in plain.named_modules()
+        )
     assert (policy.fallback_reason is None) == (family in FAMILIES)
     batch = ragged(1)
     logp, entropy = policy(build_layout(*batch), temperature)

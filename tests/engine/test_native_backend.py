@@ -117,8 +117,8 @@ def test_filters_keep_the_likeliest_and_ties_together(logits, top_k, top_p, min_
 def test_waiting_completions_take_the_lines_of_those_that_ended():
     _, backend = sampler("llama-tied", stop=range(1, 12), max_sequences=4)
     steps = []
-    step = backend.lm.get_decoder().forward
-    backend.lm.get_decoder().forward = lambda **inputs: steps.append(len(inputs["input_ids"])) or step(**inputs)
+    embed = backend.lm.get_input_embeddings()
+    embed.register_forward_pre_hook(lambda module, inputs: steps.append(len(inputs[0])))
     rollout = backend.generate(prompts_of([[5, 2], [9]]), [20, 20], Sampling(60, temperature=3.0), (0, 0))
     decoding = steps[1:]
     assert max(decoding) == 4

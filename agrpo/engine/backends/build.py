@@ -39,4 +39,5 @@ def build_backend(
         tokenizer=tokenizer,
         stop=stop,
         max_sequences=rollout.max_sequences,
+        fused=policy.fast,
     )

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from agrpo.config import SamplingConfig
 from agrpo.engine.attention import FlatAttention
+from agrpo.engine.backends.decoder import FusedDecoder, can_fuse
 from agrpo.engine.backends.sampling import draw, uniforms
 from agrpo.engine.backends.stopping import StopStrings
 from agrpo.engine.layout import build_layout
@@ -55,6 +56,7 @@ class NativeBackend:
         tokenizer: decodes the texts.
         stop: token ids that end a completion.
         max_sequences: completions that decode together.
+        fused: decode on joined copies of the weights where the model allows it, on the flat path alone.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class NativeBackend:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[int],
         max_sequences: int,
+        fused: bool = True,
     ) -> None:
         self.lm, self.flat, self.tokenizer, self.max_sequences = lm, flat, tokenizer, max_sequences
         self.stop = torch.tensor(list(stop))
         self.weight_version = 0
+        self._fuses = fused and flat and can_fuse(lm)
 
     def follow(self, weight_version: int) -> None:
         self.weight_version = weight_version
@@ -127,11 +131,13 @@ class NativeBackend:
         completions = _Completions(len(ids), random, sampling, self.stop.to(device), self.tokenizer, device)
         lines = min(len(ids), self.max_sequences)
         kind = _FlatCache if self.flat else _PlainCache
-        cache = kind(lines, max(map(len, ids), default=0) + sampling.max_completion_length)
+        longest = max(map(len, ids), default=0) + sampling.max_completion_length
+        cache = kind(lines, longest, self._fuses, device)
         row = torch.zeros(lines, dtype=torch.long)  # the completion in each line
         running = torch.zeros(lines, dtype=torch.bool)
         token = torch.zeros(lines, dtype=torch.long, device=device)  # its last
         began = 0
+        decoder = FusedDecoder(self.lm, lines) if self._fuses else None  # copies of the weights as they are now
         while True:
             alive, waiting = int(running.sum()), len(ids) - began
             if waiting and len(row) - alive >= min(waiting, _REFILL_AT * lines):
@@ -147,7 +153,7 @@ class NativeBackend:
                 on = running.nonzero()[:, 0]
                 row, token, running = row[on], token[on.to(device)], running[on]
                 cache.keep(on.to(device))
-            logits = cache.step(self.lm, token, running)
+            logits = cache.step(self.lm, token, running, decoder)
             if alive == len(row):
                 token, running = completions.draw(row, logits)
             else:
@@ -202,8 +208,9 @@ class _FlatCache:
     A line is written where its own completion stands, so a new one can begin in it at any time.
     """
 
-    def __init__(self, lines: int, columns: int) -> None:
+    def __init__(self, lines: int, columns: int, fused: bool, device: torch.device) -> None:
         self.lines, self.columns = lines, columns
+        self._products = fused and device.type == "cpu"  # attention as products: for one token the kernels are slow
         self.at = torch.zeros(lines, dtype=torch.long)  # on the host: the column where each line goes on
         self.mask: Tensor | None = None  # (lines, columns) 0 where seen, else −inf
         self.keys: list[Tensor] = []  # a layer: (lines, key heads, columns, D)
@@ -229,7 +236,7 @@ class _FlatCache:
             for stored, store in zip(both, (self.keys, self.values), strict=True):
                 padded = stored[place].unflatten(0, (len(number), width)).transpose(1, 2)  # (P, key heads, width, D)
                 if layer == len(store):
-                    store.append(padded.new_zeros(self.lines, padded.shape[1], self.columns, padded.shape[3]))
+                    store.append(self._room(padded, turned=store is self.keys))
                 store[layer][places, :, :width] = padded[which]
             attend.stored[layer] = None
         self.at[places.cpu()] = layout.prompt_lengths.cpu()[which.cpu()]
@@ -239,35 +246,43 @@ class _FlatCache:
         self.mask[places] = hidden.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))
         return lm.get_output_embeddings()(hidden[end - 1])[which]
 
+    def _room(self, like: Tensor, turned: bool) -> Tensor:
+        """(lines, key heads, columns, D) zeros; keys for plain products lie with their columns side by side."""
+        shape = (self.lines, like.shape[1], like.shape[3], self.columns)
+        if turned and self._products:
+            return like.new_zeros(shape).transpose(2, 3)
+        return like.new_zeros(shape[0], shape[1], shape[3], shape[2])
+
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """query (lines, heads, 1, D), key and value (lines, key heads, 1, D) → (lines, 1, heads, D)."""
         lines, heads, _, size = query.shape
         k, v = self.keys[layer], self.values[layer]
         k[self._now], v[self._now] = key[:, :, 0], value[:, :, 0]
         shared = heads // key.shape[1]  # query heads of a key head become query positions: no copy of the keys
-        out = F.scaled_dot_product_attention(
-            query.reshape(lines, -1, shared, size),
-            k[:lines, :, : self._used],
-            v[:lines, :, : self._used],
-            attn_mask=None if self._seen is None else self._seen.expand(-1, 1, shared, -1),
-            scale=scale,
-        )
-        return out.reshape(lines, 1, heads, size)
+        q, k, v = query.reshape(lines, -1, shared, size), k[:lines, :, : self._used], v[:lines, :, : self._used]
+        mask = None if self._seen is None else self._seen.expand(-1, 1, shared, -1)
+        if self._products:
+            scores = (q @ k.transpose(2, 3)).mul_(size**-0.5 if scale is None else scale)
+            p = (scores if mask is None else scores.add_(mask)).softmax(-1, dtype=torch.float32)
+            return (p.to(v.dtype) @ v).reshape(lines, 1, heads, size)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(lines, 1, heads, size)
 
-    def step(self, lm: PreTrainedModel, token: Tensor, running: Tensor) -> Tensor:
+    def step(self, lm: PreTrainedModel, token: Tensor, running: Tensor, decoder: FusedDecoder | None) -> Tensor:
         """Append a token (lines,) to each line and return the next (lines, V) logits: any where none is running."""
         self.at[~running] = 0  # what is written there is never read
         at, line = self.at.to(token.device), torch.arange(len(self.at), device=token.device)
         self.mask[line, at] = 0
         own = self.at[running]
         self._used = int(own.max()) + 1
-        self._now = (line, slice(None), at)
         even = bool((own == own[0]).all())
+        self._now = (slice(0, len(line)), slice(None), int(own[0])) if even else (line, slice(None), at)
         self._seen = None if even else self.mask[: len(line), None, None, : self._used]
+        self.at = self.at + 1  # a new tensor: `at` is the old one
+        if decoder is not None:
+            return decoder(token, at, self)
         hidden = lm.get_decoder()(
             input_ids=token[:, None], position_ids=at[:, None], attend=self, use_cache=False
         ).last_hidden_state[:, 0]
-        self.at += 1
         return lm.get_output_embeddings()(hidden)
 
     def keep(self, places: Tensor) -> None:
@@ -283,7 +298,7 @@ class _FlatCache:
 class _PlainCache:
     """transformers' own cache and attention, prompts padded on the left: for every other family. Filled once."""
 
-    def __init__(self, lines: int, columns: int) -> None:
+    def __init__(self, lines: int, columns: int, fused: bool, device: torch.device) -> None:
         self.mask = torch.zeros(lines, 0)  # (lines, tokens so far) 1 where real
 
     def join(self, lm: PreTrainedModel, ids: list[tuple[int, ...]], places: Tensor) -> Tensor:
@@ -302,7 +317,7 @@ class _PlainCache:
         self.cache.batch_select_indices(which)
         return output.logits[:, -1][which]
 
-    def step(self, lm: PreTrainedModel, token: Tensor, running: Tensor) -> Tensor:
+    def step(self, lm: PreTrainedModel, token: Tensor, running: Tensor, decoder: None) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         output = lm(
             input_ids=token[:, None],

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_BLOCK = 256  # tokens that are summed up together before one is drawn
+
 
 def uniforms(key: tuple[int, int], streams: Sequence[tuple[int, int]], count: int) -> Tensor:
     """The first `count` uniform numbers of each stream: (len(streams), count) float64 in [0, 1).
@@ -44,7 +46,9 @@ def draw(
     Returns:
         (B,) tokens, and (B,) their log-probabilities at the temperature before any filter, nats.
     """
-    z = logits.float() / temperature
+    z = logits.float() if temperature == 1 else logits.float() / temperature
+    if uniform is not None and top_k == 0 and top_p == 1 and min_p == 0 and z.shape[1] >= _BLOCK:
+        return _draw_by_blocks(z, uniform)
     norm = z.logsumexp(1)  # (B,)
     if uniform is None:
         token = logits.argmax(1)
@@ -60,6 +64,31 @@ def draw(
                 empty, (probability > 0).long().mul(torch.arange(1, z.shape[1] + 1, device=z.device)).argmax(1), token
             )
     return token, z.gather(1, token[:, None])[:, 0] - norm
+
+
+def _draw_by_blocks(z: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The same draw from the whole distribution: first the block of tokens, then the token in it.
+
+    Sums over blocks in place of a cumulative sum over the vocabulary, in float64 where they are summed up.
+    """
+    vocabulary = z.shape[1]
+    most = z.amax(1, keepdim=True)
+    e = (z - most).exp_()  # (B, V)
+    if vocabulary % _BLOCK:
+        e = torch.nn.functional.pad(e, (0, _BLOCK - vocabulary % _BLOCK))
+    blocks = e.unflatten(1, (-1, _BLOCK))  # (B, V/block, block)
+    sums = blocks.sum(2, dtype=torch.float32).double().cumsum(1)
+    total = sums[:, -1:]
+    point = uniform.to(z.device, torch.float64)[:, None] * total
+    block = torch.searchsorted(sums, point, right=True).clamp_(max=sums.shape[1] - 1)  # (B, 1)
+    point = point - torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0]  # (B, block)
+    within = inside.double().cumsum(1)
+    place = torch.searchsorted(within, point, right=True)  # (B, 1); the size of the block where rounding went past it
+    last = (inside > 0).long().mul(torch.arange(1, _BLOCK + 1, device=z.device)).argmax(1, keepdim=True)
+    place = torch.minimum(place, last)
+    token = block * _BLOCK + place  # (B, 1)
+    return token[:, 0], (z.gather(1, token) - most)[:, 0] - total[:, 0].log().float()
 
 
 def keep_likely(probability: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""`agrpo benchmark`: what a step costs here, beside another trainer doing the same work."""

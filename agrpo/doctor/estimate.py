@@ -90,7 +90,7 @@ def setting(config: Any, found: PreTrainedConfig) -> Setting:
         nothing = Batch(0, s.num_generations, s.max_prompt_length, s.max_completion_length)
         plain = {"zero": 0, "offload": False, "checkpointing": False, "reference": False, "trains": False}
         lengths = {"prompt": s.max_prompt_length, "completion": s.max_completion_length}
-        width = 2 if config.model.dtype == "bfloat16" else 4
+        width = 2 if config.model.dtype != "float32" else 4
         return Setting(batch=nothing, rows=config.rollout.max_sequences, bytes=width, **lengths, **plain, **common)
     reference = False
     if isinstance(config, PolicyConfig):
@@ -114,9 +114,9 @@ def setting(config: Any, found: PreTrainedConfig) -> Setting:
         rows=rows,
         prompt=prompt,
         completion=sampled,
-        bytes=2 if config.model.dtype == "bfloat16" else 4,
+        bytes=2 if config.model.dtype != "float32" else 4,
         zero=config.engine.zero_stage,
-        offload=config.engine.offload == "cpu",
+        offload=config.engine.offload != "none",
         checkpointing=config.engine.activation_checkpointing,
         reference=reference and config.model.lora is None,
         trains=True,
@@ -133,7 +133,7 @@ def parts(s: Setting) -> dict[str, int]:
             "float32 master weights": memory.master(t, s.zero, s.world),
             "Adam's moments": memory.adam(t, s.zero, s.world),
             "gradients": memory.gradients(t, b, s.zero, s.world),
-            "reduction buffer": memory.bucket(t, b, s.zero, s.cuda),
+            "reduction buffer": memory.bucket(t, b, s.zero),
             "reference": b * p if s.reference else 0,
             "whole copy of ZeRO-3": b * p if s.zero == 3 else 0,
             "activations": memory.activations(s.shape, s.batch, b, s.checkpointing),

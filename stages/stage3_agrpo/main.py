@@ -52,6 +52,7 @@ def main(config: PolicyConfig) -> None:
         longest=config.longest_sequence,
         dtype=config.model.dtype,
         with_reference=config.needs_reference,
+        note=log.note,
     )
     controllers = Controllers(config)
     session.describe(policy)

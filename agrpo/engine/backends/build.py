@@ -21,7 +21,9 @@ def build_backend(
     stop: Sequence[int],
     longest: int | None = None,
 ) -> RolloutBackend:
-    """What generates from a policy whose weights are in place.
+    """What generates from a policy whose weights are in place, outside the engine's own module.
+
+    `deepspeed` is the engine's affair: without one, native samples in its place.
 
     Args:
         tokenizer: decodes the texts.
@@ -30,6 +32,13 @@ def build_backend(
     """
     if rollout.backend == "vllm":
         return VllmBackend(policy, tokenizer=tokenizer, stop=stop, rollout=rollout, longest=longest)
+    return native_backend(rollout, policy, tokenizer=tokenizer, stop=stop)
+
+
+def native_backend(
+    rollout: RolloutConfig, policy: Policy, *, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int]
+) -> NativeBackend:
+    """The native sampler of a policy whose weights are in place."""
     return NativeBackend(
         causal_lm(policy.lm),
         flat=policy.fallback_reason is None,

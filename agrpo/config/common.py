@@ -97,6 +97,9 @@ class EngineConfig(Section):
     offload: Literal["none", "cpu", "nvme"] = "none"  # where the optimiser's state lives
     offload_path: Path | None = None  # nvme: a directory on the drive
     activation_checkpointing: bool = False
+    # ZeRO-3
+    sample_from: Literal["auto", "whole", "layers"] = "auto"  # a copy made whole once a rollout | one layer at a time
+    param_persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # smaller parameters are not sharded
 
     @model_validator(mode="after")
     def _places(self) -> Self:

@@ -20,6 +20,7 @@ from agrpo.engine.layout import Layout
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.types import Prompt, Rollout
 
+_ROOM = 0.5  # of the memory that is free at the start: a whole copy at ZeRO-3 may take this share
 _COUNTS = ("weight_version", "skipped_steps", "skipped_in_a_row")  # in the checkpoint
 
 
@@ -73,10 +74,14 @@ class HybridEngine:
         if with_reference and not has_adapters:
             self.reference = cast_weights(copy.deepcopy(policy), kind).to(self.device).eval().requires_grad_(False)
         self._adapters_off = policy.lm.disable_adapter if with_reference and has_adapters else None
-        # ZeRO-3 keeps each weight in shards: generation reads a whole copy, made anew when the weights have changed.
-        self._whole = (
-            cast_weights(copy.deepcopy(module), kind).to(self.device).eval() if engine.zero_stage == 3 else None
-        )
+        # ZeRO-3 keeps each weight in shards. Generation reads a whole copy, made anew when the weights have changed;
+        # where that does not fit it gathers one layer at a time, and a copy in main memory is made only to be saved.
+        self._whole = self._buffers = None
+        self._layerwise = False
+        if engine.zero_stage == 3:
+            self._layerwise = self._samples_layerwise(engine, rollout, module, kind)
+            self._whole = cast_weights(copy.deepcopy(module), kind).eval()
+            self._whole.to("meta" if self._layerwise else self.device)
         if engine.zero_stage == 3:
             zero.reads_outside_its_module(policy, policy.head)
             if isinstance(module, Scorer):
@@ -92,6 +97,7 @@ class HybridEngine:
         # DeepSpeed's cast to bfloat16 takes the rotary frequencies along, which the pretrained model holds in float32.
         for name, buffer in self._engine.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
+        self._buffers = buffers
         # Its master weights start from that cast: all would lie on bfloat16's grid, and the first updates, smaller
         # than half a grid step, would move no weight of the computation.
         for name, parameter in self._engine.module.named_parameters():
@@ -102,7 +108,12 @@ class HybridEngine:
             self._backend = self._deepspeed_backend(rollout, "; ".join(against), note)
         else:
             self._backend = build_backend(
-                rollout, self.whole_policy, tokenizer=tokenizer, stop=self.stop, longest=longest
+                rollout,
+                _policy_of(self.module) if self._layerwise else self.whole_policy,
+                tokenizer=tokenizer,
+                stop=self.stop,
+                longest=longest,
+                in_step=self._layerwise,
             )
         self._gathered = -1  # the weight version of the whole copy
 
@@ -210,10 +221,11 @@ class HybridEngine:
     # Generation
 
     def _deepspeed_backend(self, rollout: RolloutConfig, against: str, note: Callable[[str], None]) -> DeepspeedBackend:
-        native = native_backend(rollout, self.whole_policy, tokenizer=self.tokenizer, stop=self.stop)
+        policy = _policy_of(self.module) if self._layerwise else self.whole_policy
+        native = native_backend(rollout, policy, tokenizer=self.tokenizer, stop=self.stop, in_step=self._layerwise)
         kernels = None if against else zero.KernelRollout(self._engine, self.tokenizer)
         return DeepspeedBackend(
-            self.whole_policy, kernels=kernels, native=native, switch=self._switch_kernels, reason=against, note=note
+            policy, kernels=kernels, native=native, switch=self._switch_kernels, reason=against, note=note
         )
 
     def _switch_kernels(self, generating: bool) -> None:
@@ -227,11 +239,8 @@ class HybridEngine:
     def generation_mode(self) -> None:
         """Make the backend see the current weights."""
         self.module.eval()
-        if self._whole is not None and self._gathered != self.weight_version:
-            for own, whole in zip(self.module.parameters(), self._whole.parameters(), strict=True):
-                with zero.gathered([own]):
-                    whole.data.copy_(own.data)
-            self._gathered = self.weight_version
+        if not self._layerwise:
+            self.gather()
         self._backend.follow(self.weight_version)
 
     def generate(
@@ -246,15 +255,50 @@ class HybridEngine:
         self.generation_mode()
         return self._backend.generate(prompts, counts, sampling, key, first)
 
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Make `whole_module` current. Every rank must call it; layer by layer only rank 0 keeps what it sees."""
+        if self._whole is None or self._gathered == self.weight_version:
+            return
+        keeps = not self._layerwise or distributed.rank() == 0
+        if keeps and self._layerwise and self._whole_is_empty:
+            self._whole.to_empty(device="cpu")
+            for name, buffer in self._whole.named_buffers():
+                buffer.copy_(self._buffers[name])
+        for own, whole in zip(self.module.parameters(), self._whole.parameters(), strict=True):
+            with zero.gathered([own]):
+                if keeps:
+                    whole.data.copy_(own.data)
+        self._gathered = self.weight_version
+
+    @property
+    def _whole_is_empty(self) -> bool:
+        return next(self._whole.parameters()).is_meta
+
+    @staticmethod
+    def _samples_layerwise(
+        engine: EngineConfig, rollout: RolloutConfig | None, module: Policy | Scorer, kind: torch.dtype
+    ) -> bool:
+        """Is there no room for a whole copy beside the shards, on any rank? Other programs always need the copy."""
+        if rollout is not None and rollout.backend == "vllm":
+            return False
+        if engine.sample_from != "auto":
+            return engine.sample_from == "layers"
+        needed = sum(p.numel() for p in module.parameters()) * kind.itemsize
+        return bool(distributed.max_over_ranks(int(needed > _ROOM * distributed.free_memory())))
+
     @property
     def whole_module(self) -> Any:
-        """The module with every weight in place; current after `generation_mode()`."""
+        """The module with every weight in place; current after `gather()`, which generation does unless layer by layer.
+
+        Layer by layer it is in main memory, on rank 0 alone.
+        """
         return self.module if self._whole is None else self._whole
 
     @property
     def whole_policy(self) -> Policy:
         """Its policy."""
-        return self.whole_module if isinstance(self.whole_module, Policy) else self.whole_module.policy
+        return _policy_of(self.whole_module)
 
     # Checkpoints
 
@@ -267,3 +311,7 @@ class HybridEngine:
         _, client_state = self._engine.load_checkpoint(directory, tag=tag)
         for name in _COUNTS:
             setattr(self, name, client_state["agrpo"][name])
+
+
+def _policy_of(module: Any) -> Policy:
+    return module if isinstance(module, Policy) else module.policy

@@ -103,6 +103,8 @@ def _config(module: nn.Module, engine: EngineConfig, training: TrainingConfig, d
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
+    if engine.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = engine.param_persistence_threshold
     if engine.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
     if engine.offload == "nvme":

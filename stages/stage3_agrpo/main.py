@@ -90,7 +90,7 @@ def main(config: PolicyConfig) -> None:
     if "test" in held_out:
         after = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)
         results |= write_evaluation(session, "test", after)
-    engine.generation_mode()
+    engine.gather()
     session.finish(results, lambda folder: save_language_model(engine.whole_policy.lm, tokenizer, folder))
 
 

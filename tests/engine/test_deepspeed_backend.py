@@ -8,7 +8,20 @@ import pytest
 import torch
 from stage_runs import LENGTH_REWARD, rows, run_several, tiny_policy
 from tiny import FALLBACKS, FAMILIES, engine_of, ragged
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from agrpo.config import LoraConfig, ModelConfig, RolloutConfig
 from agrpo.engine import zero
@@ -24,6 +37,12 @@ MODELS = {
     **FALLBACKS,
     "llama-all-heads": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=64, num_key_value_heads=4)),
     "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32)),
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)),
+    "gpt-neo": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(vocab_size=97, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]])
+    ),
+    "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=64)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)),
 }
 PROMPTS = [Prompt(text="", ids=tuple(ids), slot=slot, columns={}) for slot, ids in enumerate(ragged(9)[0])]
 CACHE, GROUPED = "keep a cache of their own", "damages the weights of models with grouped-query"
@@ -36,6 +55,10 @@ CACHE, GROUPED = "keep a cache of their own", "damages the weights of models wit
         ("llama-tied", GROUPED, "no kernels for"),
         ("gpt2", CACHE, "grouped"),
         ("opt", CACHE, "grouped"),
+        ("gptj", CACHE, "grouped"),
+        ("gpt-neo", CACHE, "grouped"),
+        ("gpt-neox", CACHE, "grouped"),
+        ("bloom", CACHE, "grouped"),
         ("qwen2-tied", "no kernels for qwen2", CACHE),
         ("qwen3-untied", "no kernels for qwen3", GROUPED),
         ("mistral-window", "no kernels for mistral", GROUPED),
@@ -165,11 +188,12 @@ def test_what_deepspeeds_interface_lacks_is_sampled_by_native_and_said_once():
     for how in (Sampling(8, min_p=0.2), Sampling(8, stop=("t7",))):
         own = engine.generate(PROMPTS, [2] * 3, how, (0, 0))
         assert torch.equal(own.tokens, backend.native.generate(PROMPTS, [2] * 3, how, (0, 0)).tokens)
-    assert said == ["rollout.backend: deepspeed has neither min_p nor stop strings: native samples with those"]
+    assert said == ["rollout.backend: deepspeed has neither min_p nor stop strings: native samples where they are set"]
 
 
 def test_stale_weights_fail_the_self_test_and_native_takes_over():
-    engine, stale = (engine_of(sharp("llama-untied"), max_sequences=4) for _ in range(2))
+    engine = engine_of(sharp("llama-untied"), max_sequences=4)
+    stale = engine_of(sharp("llama-untied"), flat=False)  # what DeepSpeed asks is a plain model
     backend, said = through_rollout(engine, weights_of=stale)
     engine.generation_mode()
     assert backend.kernels is not None  # the same weights still

@@ -53,7 +53,7 @@ def why_not_sound(lm: nn.Module, zero_stage: int, layers: Collection[type], cuda
     if replaced and getattr(config, "num_key_value_heads", None) not in (None, heads):
         found.append("it damages the weights of models with grouped-query attention")
     for layer in sorted(replaced, key=lambda one: one.__name__):
-        if "past_key_values" in inspect.signature(layer.forward).parameters:
+        if any(_is_cache(given) for given in inspect.signature(layer.forward).parameters.values()):
             found.append(
                 f"its kernels return a tuple and keep a cache of their own, where {layer.__name__} of transformers"
                 f" {transformers.__version__} returns a tensor and is given the cache"
@@ -63,6 +63,10 @@ def why_not_sound(lm: nn.Module, zero_stage: int, layers: Collection[type], cuda
     if zero_stage == 3:
         found.append("with ZeRO-3 it generates gibberish (open reports)")
     return found
+
+
+def _is_cache(given: inspect.Parameter) -> bool:
+    return given.name == "past_key_values" or "Cache" in str(given.annotation)
 
 
 class DeepspeedBackend:

@@ -38,6 +38,7 @@ class Setting:
     world: int
     flat: bool
     cuda: bool
+    layerwise: bool = False  # ZeRO-3 samples from its shards
 
 
 def architecture(config: Any) -> PreTrainedConfig:
@@ -120,6 +121,7 @@ def setting(config: Any, found: PreTrainedConfig) -> Setting:
         checkpointing=config.engine.activation_checkpointing,
         reference=reference and config.model.lora is None,
         trains=True,
+        layerwise=config.engine.sample_from == "layers",
         **common,
     )
 
@@ -135,7 +137,7 @@ def parts(s: Setting) -> dict[str, int]:
             "gradients": memory.gradients(t, b, s.zero, s.world),
             "reduction buffer": memory.bucket(t, b, s.zero),
             "reference": b * p if s.reference else 0,
-            "whole copy of ZeRO-3": b * p if s.zero == 3 else 0,
+            "whole copy of ZeRO-3": b * p if s.zero == 3 and not s.layerwise else 0,
             "activations": memory.activations(s.shape, s.batch, b, s.checkpointing),
             "logits": memory.logits(s.shape, s.batch, b),
         }
@@ -167,6 +169,7 @@ _KNOBS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "rollout.max_sequences halved": lambda s: {"rows": s.rows // 2},
     "engine.zero_stage=2": lambda s: {"zero": 2} if s.zero < 2 else {},
     "engine.zero_stage=3": lambda s: {"zero": 3},
+    "engine.sample_from=layers": lambda s: {"layerwise": s.zero == 3},
     "engine.offload=cpu": lambda s: {"offload": True, "zero": max(1, s.zero)},
 }
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from agrpo.config import EngineConfig, RolloutConfig, TrainingConfig
 from agrpo.engine import distributed, zero
 from agrpo.engine.backends.build import build_backend, native_backend
-from agrpo.engine.backends.deepspeed import DeepspeedBackend, why_not_sound
+from agrpo.engine.backends.deepspeed import SELF_TEST_TOKENS, DeepspeedBackend, why_not_sound
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.layout import Layout
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
-from agrpo.types import Prompt, Rollout
+from agrpo.types import Prompt, Rollout, RolloutBackend
 
 _ROOM = 0.5  # of the memory that is free at the start: a whole copy at ZeRO-3 may take this share
 _COUNTS = ("weight_version", "skipped_steps", "skipped_in_a_row")  # in the checkpoint
@@ -76,46 +76,66 @@ class HybridEngine:
         self._adapters_off = policy.lm.disable_adapter if with_reference and has_adapters else None
         # ZeRO-3 keeps each weight in shards. Generation reads a whole copy, made anew when the weights have changed;
         # where that does not fit it gathers one layer at a time, and a copy in main memory is made only to be saved.
-        self._whole = self._buffers = None
-        self._layerwise = False
+        self._whole: Policy | Scorer | None = None
+        self._layerwise = engine.zero_stage == 3 and _samples_layerwise(engine, rollout, module, kind)
         if engine.zero_stage == 3:
-            self._layerwise = self._samples_layerwise(engine, rollout, module, kind)
             self._whole = cast_weights(copy.deepcopy(module), kind).eval()
-            self._whole.to("meta" if self._layerwise else self.device)
-        if engine.zero_stage == 3:
+            if self._layerwise:
+                for parameter in self._whole.parameters():
+                    parameter.data = parameter.data.new_empty(0)
+            else:
+                self._whole.to(self.device)
             zero.reads_outside_its_module(policy, policy.head)
             if isinstance(module, Scorer):
                 zero.reads_outside_its_module(module, policy.head)
+        rollout = rollout or RolloutConfig()
+        kernels = rollout.backend == "deepspeed"
+        against = why_not_sound(policy.lm, engine.zero_stage, zero.kernel_layers()) if kernels else []
+        kernel_tokens = None
+        if kernels and not against:
+            kernel_tokens = max(SELF_TEST_TOKENS, longest or causal_lm(policy.lm).config.max_position_embeddings)
+        self._engine = self._initialize(module, engine, training, dtype, kernel_tokens)
+        sampled = _policy_of(self.module) if self._layerwise else self.whole_policy
+        how = {"tokenizer": tokenizer, "stop": self.stop, "in_step": self._layerwise}
+        if kernels:
+            self._backend: RolloutBackend = DeepspeedBackend(
+                sampled,
+                kernels=None if against else zero.KernelRollout(self._engine, tokenizer),
+                native=native_backend(rollout, sampled, **how),
+                switch=self._switch_kernels,
+                reason="; ".join(against),
+                note=note,
+            )
+        else:
+            self._backend = build_backend(rollout, sampled, longest=longest, **how)
+        self._gathered = -1  # the weight version of the whole copy
+
+    def _initialize(
+        self,
+        module: Policy | Scorer,
+        engine: EngineConfig,
+        training: TrainingConfig,
+        dtype: str,
+        kernel_tokens: int | None,
+    ) -> Any:
+        """DeepSpeed's engine around the module, whose buffers and master weights keep their precision."""
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         halved = dtype != "float32"
         exact = {name: p.detach().clone() for name, p in module.named_parameters() if halved and p.requires_grad}
-        against = ["another backend is asked for"]
-        if rollout is not None and rollout.backend == "deepspeed":
-            against = why_not_sound(policy.lm, engine.zero_stage, zero.kernel_layers())
-        kernel_tokens = None if against else longest or causal_lm(policy.lm).config.max_position_embeddings
-        self._engine = zero.initialize(module, engine, training, dtype, kernel_tokens)
+        made = zero.initialize(module, engine, training, dtype, kernel_tokens)
+        cut = [name for name, p in module.named_parameters() if kernel_tokens and p.shape != shapes[name]]
+        if cut:
+            raise RuntimeError(f"DeepSpeed's kernels cut {', '.join(cut)} to another shape: use rollout.backend=native")
         # DeepSpeed's cast to bfloat16 takes the rotary frequencies along, which the pretrained model holds in float32.
-        for name, buffer in self._engine.module.named_buffers():
+        for name, buffer in made.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
-        self._buffers = buffers
         # Its master weights start from that cast: all would lie on bfloat16's grid, and the first updates, smaller
         # than half a grid step, would move no weight of the computation.
-        for name, parameter in self._engine.module.named_parameters():
+        for name, parameter in made.module.named_parameters():
             if name in exact:
                 zero.set_master_weight(parameter, exact.pop(name).to(self.device))
-        rollout = rollout or RolloutConfig()
-        if rollout.backend == "deepspeed":
-            self._backend = self._deepspeed_backend(rollout, "; ".join(against), note)
-        else:
-            self._backend = build_backend(
-                rollout,
-                _policy_of(self.module) if self._layerwise else self.whole_policy,
-                tokenizer=tokenizer,
-                stop=self.stop,
-                longest=longest,
-                in_step=self._layerwise,
-            )
-        self._gathered = -1  # the weight version of the whole copy
+        return made
 
     @property
     def module(self) -> Any:
@@ -220,14 +240,6 @@ class HybridEngine:
 
     # Generation
 
-    def _deepspeed_backend(self, rollout: RolloutConfig, against: str, note: Callable[[str], None]) -> DeepspeedBackend:
-        policy = _policy_of(self.module) if self._layerwise else self.whole_policy
-        native = native_backend(rollout, policy, tokenizer=self.tokenizer, stop=self.stop, in_step=self._layerwise)
-        kernels = None if against else zero.KernelRollout(self._engine, self.tokenizer)
-        return DeepspeedBackend(
-            policy, kernels=kernels, native=native, switch=self._switch_kernels, reason=against, note=note
-        )
-
     def _switch_kernels(self, generating: bool) -> None:
         """DeepSpeed's kernels in the place of the layers, or the layers again; either way not in training mode."""
         if generating:
@@ -261,31 +273,13 @@ class HybridEngine:
         if self._whole is None or self._gathered == self.weight_version:
             return
         keeps = not self._layerwise or distributed.rank() == 0
-        if keeps and self._layerwise and self._whole_is_empty:
-            self._whole.to_empty(device="cpu")
-            for name, buffer in self._whole.named_buffers():
-                buffer.copy_(self._buffers[name])
         for own, whole in zip(self.module.parameters(), self._whole.parameters(), strict=True):
             with zero.gathered([own]):
-                if keeps:
+                if keeps and self._layerwise:
+                    whole.data = own.data.to("cpu", copy=True)
+                elif keeps:
                     whole.data.copy_(own.data)
         self._gathered = self.weight_version
-
-    @property
-    def _whole_is_empty(self) -> bool:
-        return next(self._whole.parameters()).is_meta
-
-    @staticmethod
-    def _samples_layerwise(
-        engine: EngineConfig, rollout: RolloutConfig | None, module: Policy | Scorer, kind: torch.dtype
-    ) -> bool:
-        """Is there no room for a whole copy beside the shards, on any rank? Other programs always need the copy."""
-        if rollout is not None and rollout.backend == "vllm":
-            return False
-        if engine.sample_from != "auto":
-            return engine.sample_from == "layers"
-        needed = sum(p.numel() for p in module.parameters()) * kind.itemsize
-        return bool(distributed.max_over_ranks(int(needed > _ROOM * distributed.free_memory())))
 
     @property
     def whole_module(self) -> Any:
@@ -315,3 +309,15 @@ class HybridEngine:
 
 def _policy_of(module: Any) -> Policy:
     return module if isinstance(module, Policy) else module.policy
+
+
+def _samples_layerwise(
+    engine: EngineConfig, rollout: RolloutConfig | None, module: Policy | Scorer, kind: torch.dtype
+) -> bool:
+    """Is there no room for a whole copy beside the shards, on any rank? vLLM takes its weights from the copy."""
+    if rollout is not None and rollout.backend == "vllm":
+        return False
+    if engine.sample_from != "auto":
+        return engine.sample_from == "layers"
+    needed = sum(p.numel() for p in module.parameters()) * kind.itemsize
+    return bool(distributed.max_over_ranks(int(needed > _ROOM * distributed.free_memory())))

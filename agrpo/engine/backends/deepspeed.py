@@ -25,6 +25,7 @@ from agrpo.engine.modules import Policy, causal_lm
 from agrpo.types import Prompt, Rollout
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}  # nats between tokens that tie
+SELF_TEST_TOKENS = 32  # of its longest prompt and completion
 _TESTED_TOKENS = 8  # of each completion of the self-test
 
 

@@ -138,6 +138,7 @@ def quantise(lm: PreTrainedModel, dtype: torch.dtype) -> None:
                     layer.weight.data, requires_grad=False, quant_type="nf4", quant_storage=dtype, module=packed
                 )
                 packed.bias = layer.bias
+                packed.support_avx512bf16_for_cpu = False  # else a forward without gradient repacks the weights
                 setattr(parent, name, packed.to("cuda" if torch.cuda.is_available() else device))
     lm.is_loaded_in_4bit = True  # so PEFT knows the layers it adapts
 

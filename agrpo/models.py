@@ -25,6 +25,7 @@ from agrpo.config import ModelConfig, TokenizerConfig
 from agrpo.data.tokens import end_token_id, prepare_tokenizer
 from agrpo.types import InputError
 
+_NF4_BLOCK = 64  # weights that share a scale
 END, PAD = "<|end|>", "<|pad|>"
 
 
@@ -124,6 +125,11 @@ def quantise(lm: PreTrainedModel, dtype: torch.dtype) -> None:
     for parent in list(lm.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear and layer is not head:
+                if layer.in_features % _NF4_BLOCK:
+                    raise ModelError(
+                        f"model.quantization: {name} has {layer.in_features} inputs, not a multiple of {_NF4_BLOCK}:"
+                        " bitsandbytes garbles such rows on a CPU; set it to none"
+                    )
                 device = layer.weight.device
                 packed = bnb.nn.Linear4bit(
                     layer.in_features,

@@ -8,7 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from tiny import FAMILIES, engine_of, ragged
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from agrpo.config import EngineConfig, LoraConfig, ModelConfig
 from agrpo.engine import zero
@@ -134,22 +134,28 @@ needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbyt
 QLORA = ModelConfig(name_or_path="x", lora=LoraConfig(rank=4, alpha=8.0), quantization="nf4")
 
 
+def wide():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=256))
+
+
 def quantised():
-    lm = model()
+    lm = wide()
     quantise(lm, torch.float32)
     return lm
 
 
 def dequantised():
     """A plain model with the values that 4 bits have left."""
-    plain = model()
+    plain = wide()
     plain.load_state_dict(dict(merged_weights(quantised())))
     return plain
 
 
 @needs_bitsandbytes
 def test_four_bits_hold_an_eighth_of_the_matrices_and_stay_near_them():
-    lm, whole = quantised(), model()
+    lm, whole = quantised(), wide()
     packed = [p for name, p in lm.named_parameters() if "_proj" in name]
     exact = {name: p for name, p in whole.named_parameters() if "_proj" in name}
     assert len(packed) == len(exact) and sum(p.nbytes for p in packed) * 8 == sum(p.nbytes for p in exact.values())
@@ -174,6 +180,12 @@ def test_lora_on_four_bits_trains_as_lora_on_the_values_that_they_hold(zero_stag
     rollout = engine.generate(prompts, [2] * 3, Sampling(8), (0, 0))
     layout = build_layout([p.ids for p in prompts], rollout.group, rollout.lengths, rollout.tokens)
     torch.testing.assert_close(engine.evaluate(layout)[0], rollout.logp, atol=1e-4, rtol=0)
+
+
+@needs_bitsandbytes
+def test_rows_that_bitsandbytes_garbles_are_refused():
+    with pytest.raises(ModelError, match="q_proj has 32 inputs, not a multiple of 64"):
+        quantise(model(), torch.float32)
 
 
 @needs_bitsandbytes

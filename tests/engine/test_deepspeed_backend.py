@@ -84,10 +84,10 @@ def test_the_probe_names_the_machine_lora_and_zero_3():
 
 
 def test_the_probe_lets_a_layer_pass_whose_contract_is_that_of_the_kernels():
-    """A decoder as transformers had them: no cache object. Nothing of today's families has one."""
+    """One without transformers' cache. No language model of today's has such layers."""
 
     class OldLayer(torch.nn.Module):
-        def forward(self, hidden_states, layer_past=None):
+        def forward(self, hidden_states, attention_mask=None):
             return (hidden_states,)
 
     lm = MODELS["llama-all-heads"]()

@@ -67,7 +67,7 @@ def why_not_sound(lm: nn.Module, zero_stage: int, layers: Collection[type], cuda
 
 
 def _is_cache(given: inspect.Parameter) -> bool:
-    return given.name == "past_key_values" or "Cache" in str(given.annotation)
+    return given.name in ("past_key_values", "layer_past") or "Cache" in str(given.annotation)
 
 
 class DeepspeedBackend:

@@ -44,7 +44,7 @@ class ServersConfig(Section):
 
 
 class RolloutConfig(Section):
-    backend: Literal["native", "vllm", "server"] = "native"
+    backend: Literal["native", "vllm", "server", "deepspeed"] = "native"
     max_sequences: Count = 256  # completions that decode together
     vllm: VllmConfig = VllmConfig()
     servers: ServersConfig | None = None

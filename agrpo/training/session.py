@@ -267,7 +267,7 @@ class Session:
             raise
 
     def _push_step(self, step: int) -> None:
-        self._engine.generation_mode()
+        self._engine.gather()
         if distributed.rank() == 0:
             folder = self.directory / ".model.pushed"
             self._write_model(folder, self._save_model, {"step": step})

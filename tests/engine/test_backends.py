@@ -28,7 +28,9 @@ from transformers import (
 )
 
 from agrpo.config import LoraConfig, ModelConfig, RolloutConfig
+from agrpo.engine import zero
 from agrpo.engine.backends import remote
+from agrpo.engine.backends.deepspeed import why_not_sound
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import causal_lm, whole_weights
@@ -49,11 +51,22 @@ def on_servers(lm, max_sequences=4, **options):
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed: bash scripts/setup.sh --vllm"
 )
+
+
+def by_kernels(lm, max_sequences=4, **options):
+    """An engine that generates by DeepSpeed's kernels, where they are sound."""
+    against = why_not_sound(lm, options.get("zero_stage", 0), zero.kernel_layers())
+    if against:
+        pytest.skip("deepspeed: " + "; ".join(against))
+    return engine_of(lm, rollout=RolloutConfig(backend="deepspeed", max_sequences=max_sequences), **options)
+
+
 BACKENDS = {
     "native": functools.partial(engine_of, max_sequences=4),  # fewer than the completions: lines are refilled
     "native-fallback": functools.partial(engine_of, max_sequences=4, flat=False),
     "vllm": on_vllm,
     "server": on_servers,
+    "deepspeed": by_kernels,
 }
 
 

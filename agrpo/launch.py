@@ -13,6 +13,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from agrpo.config import count_from_environment, parse_command_line
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"configuration error: {error}", file=sys.stderr)
         return 2
     os.environ["NPROC"] = str(count)
-    parse_command_line(stage_of(Path(script)), arguments)  # exits 0 or 2
+    told = partial(print, "TRL:", file=sys.stderr)
+    parse_command_line(stage_of(Path(script)), arguments, told)  # exits 0 or 2
     if count == 1 and nodes == 1:
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")

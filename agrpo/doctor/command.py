@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from agrpo.config import STAGES, RunConfig, load_config
+from agrpo.config import STAGES, RunConfig, load_config, read_config
 from agrpo.types import InputError
-from agrpo.yaml_input import ConfigError, read_yaml
+from agrpo.yaml_input import ConfigError
 
 
 def main(arguments: list[str]) -> int:
@@ -60,7 +60,7 @@ def stage_of(path: Path) -> str:
     """The stage of a configuration: the file's name if it is one, else by the sections that it has."""
     if path.stem in STAGES:
         return path.stem
-    keys = read_yaml(path).keys()
+    keys = read_config(path).keys()
     if "rewards" in keys:
         return "agrpo" if "training" in keys else "preferences"
     only = {name: STAGES[name].model_fields.keys() for name in ("sft", "reward")}

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parent.parent
-_STAGES = {
-    "sft": "stage1_sft/main.py",
-    "preferences": "stage2_reward/preferences.py",
-    "reward": "stage2_reward/main.py",
-    "train": "stage3_agrpo/main.py",
-}
+_STAGES = {"sft": "sft", "preferences": "preferences", "reward": "reward", "train": "agrpo"}
 _USAGE = """usage: agrpo COMMAND …
 
   sft          stage 1: supervised fine-tuning      [--config FILE] [key.path=value …] [--print-config]
@@ -23,6 +16,7 @@ _USAGE = """usage: agrpo COMMAND …
   plot         a run's curves                       DIR [--out PNG]
   serve-reward rewards for runs elsewhere           --config FILE [--host H] [--port N]
   doctor       what works on this machine           [--config FILE] [key.path=value …] [--stage STAGE] [--json]
+  smoke        a configuration, in seconds       --config FILE [key.path=value …] [--out DIR] [--steps N]
   theory       how far training can move a prompt   --beta B --group-size G|inf [--pass-rate Q] [--plot FILE] [--json]
 """
 
@@ -35,9 +29,10 @@ def main() -> int:
 
         return convert(arguments, write=replace)
     if command in _STAGES:
+        from agrpo.launch import MAINS
         from agrpo.launch import main as launch
 
-        return launch([str(_ROOT / "stages" / _STAGES[command]), *arguments])
+        return launch([str(MAINS[_STAGES[command]]), *arguments])
     if command == "summary":
         from agrpo.reporting.summary import main as summary
 
@@ -55,6 +50,10 @@ def main() -> int:
         from agrpo.doctor.command import main as doctor
 
         return doctor(arguments)
+    if command == "smoke":
+        from agrpo.smoke.command import main as smoke
+
+        return smoke(arguments)
     if command == "theory":
         from agrpo.theory import main as theory
 

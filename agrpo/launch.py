@@ -19,6 +19,14 @@ from pathlib import Path
 from agrpo.config import count_from_environment, parse_command_line
 from agrpo.yaml_input import ConfigError
 
+_STAGES = Path(__file__).resolve().parent.parent / "stages"
+MAINS = {
+    "sft": _STAGES / "stage1_sft" / "main.py",
+    "preferences": _STAGES / "stage2_reward" / "preferences.py",
+    "reward": _STAGES / "stage2_reward" / "main.py",
+    "agrpo": _STAGES / "stage3_agrpo" / "main.py",
+}
+
 
 def stage_of(main: Path) -> str:
     """stages/stage3_agrpo/main.py → agrpo; stages/stage2_reward/preferences.py → preferences."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from agrpo.config import trl
 from agrpo.config.methods import METHODS, PREFERENCE_METHODS
+from agrpo.config.stages import STAGES
 from agrpo.yaml_input import ConfigError, merge, read_yaml
 
 Note = Callable[[str], None]
@@ -40,6 +41,21 @@ def read_config(path: Path, stage: str | None = None, note: Note = lambda text: 
             values = _without(values, settings)
         values = merge(values, own)
     return values
+
+
+def stage_of(path: Path) -> str:
+    """The stage of a configuration: its file's name up to a hyphen if that is one, else by the sections that it has."""
+    first = path.stem.split("-")[0]
+    if first in STAGES:
+        return first
+    keys = read_config(path).keys()
+    if "rewards" in keys:
+        return "agrpo" if "training" in keys else "preferences"
+    only = {name: STAGES[name].model_fields.keys() for name in ("sft", "reward")}
+    fitting = [name for name, fields in only.items() if keys <= fields]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise ConfigError(f"{path}: whose configuration is it? Say --stage {'|'.join(STAGES)}")
 
 
 def _chain(path: Path, above: tuple[Path, ...]) -> list[Path]:

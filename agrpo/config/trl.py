@@ -146,7 +146,8 @@ def _model(left: _Flat) -> Mapped:
         found["engine.zero_stage"] = (1, found["model.dtype"][1])  # where the float32 master weights are
     adapters = {key: left.take(key) for key in LORA if key in left}
     if left.take("use_peft"):
-        found["model.lora.rank"] = (16, ("use_peft",))
+        rank = adapters.pop("lora_r", None)
+        found["model.lora.rank"] = (16, ("use_peft",)) if rank is None else (rank, ("use_peft", "lora_r"))
         found |= {LORA[key]: (value, (key,)) for key, value in adapters.items()}
     elif adapters:
         raise left.refuse(min(adapters), "has no effect without use_peft: true; add that, or leave it out")

@@ -129,23 +129,23 @@ OTHERS = frozenset(
     dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
     dataset_kwargs dataset_streaming ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
     ddp_static_graph debug disable_tqdm discopop_tau do_predict do_train enable_jit_checkpoint entropy_coef_delta
-    eos_token eval_accumulation_steps eval_delay eval_packing eval_use_gather_object f_alpha_divergence_coef
-    f_divergence_type fp16_full_eval fsdp_config full_determinism generation_kwargs greater_is_better hub_always_push
-    hub_private_repo hub_revision hub_strategy hub_token ignore_bias_buffers ignore_data_skip include_for_metrics
-    include_num_input_tokens_seen label_names label_smoothing_factor ld_alpha length_column_name liger_kernel_config
-    load_best_model_at_end load_in_4bit local_rank log_completions_hub_repo log_level_replica log_multimodal
-    log_on_each_node log_unique_prompts logging_nan_inf_filter lora_modules_to_save lora_target_parameters loss_weights
-    max_tool_calling_iterations metric_for_best_model model_init_kwargs neftune_noise_alpha num_generations_eval
-    off_policy_mask_threshold optim_args optim_target_modules packing_strategy pad_token parallelism_config
-    precompute_ref_batch_size prediction_loss_only project ref_model_mixup_alpha ref_model_sync_steps
-    repetition_penalty restore_callback_states_from_checkpoint router_aux_loss_coef sapo_temperature_neg
+    eos_token eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_packing
+    eval_use_gather_object f_alpha_divergence_coef f_divergence_type fp16_full_eval fsdp_config full_determinism
+    generation_kwargs greater_is_better hub_always_push hub_private_repo hub_revision hub_strategy hub_token
+    ignore_bias_buffers ignore_data_skip include_for_metrics include_num_input_tokens_seen label_names
+    label_smoothing_factor ld_alpha length_column_name liger_kernel_config load_best_model_at_end load_in_4bit
+    local_rank log_completions_hub_repo log_level_replica log_multimodal log_on_each_node log_unique_prompts
+    logging_nan_inf_filter lora_modules_to_save lora_target_parameters loss_weights max_tool_calling_iterations
+    metric_for_best_model model_init_kwargs neftune_noise_alpha num_generations_eval off_policy_mask_threshold
+    optim_args optim_target_modules packing_strategy pad_token parallelism_config precompute_ref_batch_size
+    prediction_loss_only project ref_model_mixup_alpha ref_model_sync_steps repetition_penalty
+    restore_callback_states_from_checkpoint reward_model_revision router_aux_loss_coef sapo_temperature_neg
     sapo_temperature_pos save_on_each_node save_only_model skip_memory_metrics torch_compile torch_compile_backend
     torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id trackio_static_space_id
-    train_sampling_strategy transformers_continuous_batching_config truncation_mode
-    use_bias_correction_kl use_bnb_nested_quant use_cpu use_dora use_rslora use_transformers_continuous_batching
-    use_transformers_paged use_weighting vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos vllm_group_port
-    vllm_model_impl vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout
-    vllm_structured_outputs_regex reward_model_revision""".split()  # noqa: SIM905
+    train_sampling_strategy transformers_continuous_batching_config truncation_mode use_bias_correction_kl
+    use_bnb_nested_quant use_cpu use_dora use_rslora use_transformers_continuous_batching use_transformers_paged
+    use_weighting vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos vllm_group_port vllm_model_impl
+    vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_structured_outputs_regex""".split()  # noqa: SIM905
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from agrpo.config import STAGES, RunConfig, load_config, read_config
+from agrpo.config import STAGES, RunConfig, load_config, stage_of
 from agrpo.types import InputError
 from agrpo.yaml_input import ConfigError
 
@@ -54,20 +54,6 @@ def examine(path: Path | None, stage: str | None, overrides: list[str], deadline
         return {"machine": machine, "backends": check_backends(deadline=deadline)}
     told = estimate(config, machine, speeds)
     return {"machine": machine, "backends": check_backends(config, architecture(config), deadline), "estimate": told}
-
-
-def stage_of(path: Path) -> str:
-    """The stage of a configuration: the file's name if it is one, else by the sections that it has."""
-    if path.stem in STAGES:
-        return path.stem
-    keys = read_config(path).keys()
-    if "rewards" in keys:
-        return "agrpo" if "training" in keys else "preferences"
-    only = {name: STAGES[name].model_fields.keys() for name in ("sft", "reward")}
-    fitting = [name for name, fields in only.items() if keys <= fields]
-    if len(fitting) == 1:
-        return fitting[0]
-    raise ConfigError(f"{path}: whose configuration is it? Say --stage {'|'.join(STAGES)}")
 
 
 def show(report: dict[str, Any], console: Console) -> None:

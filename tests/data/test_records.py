@@ -217,8 +217,8 @@ BAD = [
     (demonstrations, {"messages": ["Hi"]}, "messages: message 1 is a string ('Hi'); give {role, content} objects"),
     (
         demonstrations,
-        {"messages": [{"from": "human", "value": "Hi"}]},
-        "messages: message 1 has no role that is a string; it has from, value; write it as {role: one of",
+        {"messages": [{"speaker": "human", "value": "Hi"}]},
+        "messages: message 1 has no role that is a string; it has speaker, value; write it as {role: one of",
     ),
     (
         demonstrations,
@@ -445,7 +445,7 @@ def test_a_mapped_system_column_stands_before_every_kind_of_prompt():
     assert prompts(rows({"prompt": [user("Hi")], "said": " "}), columns)[0].text == [user("Hi")]
     group = preference_groups(rows({"chosen": "Hi Ann", "rejected": "Hi Bob", **said}), columns)[0]
     assert (group.prompt, group.completions) == ([SYSTEM, user("Hi")], (" Ann", " Bob"))
-    with pytest.raises(DataError, match="said: is int"):
+    with pytest.raises(DataError, match="said: is a number"):
         prompts(rows({"prompt": "Hi", "said": 1}), columns)
 
 

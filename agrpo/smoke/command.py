@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--stage", choices=list(STAGES), help="whose configuration; by default as its file is called")
     parser.add_argument("--out", type=Path, default=Path("runs/smoke"), help="for models, rows and runs")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--dry-run", action="store_true", help="make models and rows, and print the commands")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_intermixed_args(arguments)
     os.environ |= {"NPROC": "1", "NNODES": "1"}
@@ -34,8 +36,10 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for stage, own in runs:
-        print(f"smoke: {stage}", flush=True)
         command = [sys.executable, "-m", "agrpo.launch", str(MAINS[stage]), *own]
+        print(f"smoke: {stage}: {shlex.join(command)}", flush=True)
+        if options.dry_run:
+            continue
         if code := subprocess.run(command, check=False).returncode:
             return code
     return 0

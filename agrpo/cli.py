@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from pathlib import Path
 
-_STAGES = {"sft": "sft", "preferences": "preferences", "reward": "reward", "train": "agrpo"}
+_ROOT = Path(__file__).resolve().parent.parent
+_STAGES = {
+    "sft": "stage1_sft/main.py",
+    "preferences": "stage2_reward/preferences.py",
+    "reward": "stage2_reward/main.py",
+    "train": "stage3_agrpo/main.py",
+}
+_TOOLS = {
+    "merge": "agrpo.merge",
+    "push": "agrpo.reporting.hub",
+    "export": "agrpo.export",
+    "smoke": "agrpo.smoke.command",
+}
+_MEASURES = {"eval": "evaluation/evaluate.py", "compare": "evaluation/compare.py"}
 _USAGE = """usage: agrpo COMMAND …
 
   sft          stage 1: supervised fine-tuning      [--config FILE] [key.path=value …] [--print-config]
@@ -12,6 +27,12 @@ _USAGE = """usage: agrpo COMMAND …
                or from published data               --convert gsm8k|hh IN OUT [--held-out SHARE] [--json]
   reward       stage 2: a reward model              the same
   train        stage 3: policy optimisation         the same
+  eval         pass@1, pass@k, maj@k of a model     --model RUN|DIR|ID --benchmark NAME | --data FILE [--help]
+  compare      which of two models is better        A B --data FILE --reward TARGET [--help]
+  chat         talk to a model                      RUN|DIR|ID [--compare OTHER] [--samples N] [--reward TARGET]
+  merge        a whole model of LoRA's adapters     RUN|ADAPTER OUT
+  push         a model to the Hub, private          RUN|DIR OWNER/NAME [--public]
+  export       a model for llama.cpp                --gguf RUN|DIR OUT.gguf
   summary      what a run measured                  DIR [--json]
   plot         a run's curves                       DIR [--out PNG]
   serve-reward rewards for runs elsewhere           --config FILE [--host H] [--port N]
@@ -29,10 +50,15 @@ def main() -> int:
 
         return convert(arguments, write=replace)
     if command in _STAGES:
-        from agrpo.launch import MAINS
         from agrpo.launch import main as launch
 
-        return launch([str(MAINS[_STAGES[command]]), *arguments])
+        return launch([str(_ROOT / "stages" / _STAGES[command]), *arguments])
+    if command in _MEASURES:
+        from agrpo.launch import main as launch
+
+        return launch([str(_ROOT / "stages" / _MEASURES[command]), *arguments], check=lambda arguments: None)
+    if command in _TOOLS:
+        return importlib.import_module(_TOOLS[command]).main(arguments)
     if command == "summary":
         from agrpo.reporting.summary import main as summary
 
@@ -46,14 +72,15 @@ def main() -> int:
 
         sys.argv = ["agrpo serve-reward", *arguments]
         runpy.run_module("reward_models.server", run_name="__main__", alter_sys=True)  # exits; rewards stand above us
+    if command == "chat":
+        import runpy
+
+        sys.argv = ["agrpo chat", *arguments]
+        runpy.run_path(str(_ROOT / "stages" / "evaluation" / "chat.py"), run_name="__main__")  # exits
     if command == "doctor":
         from agrpo.doctor.command import main as doctor
 
         return doctor(arguments)
-    if command == "smoke":
-        from agrpo.smoke.command import main as smoke
-
-        return smoke(arguments)
     if command == "theory":
         from agrpo.theory import main as theory
 

@@ -13,19 +13,12 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from agrpo.config import count_from_environment, parse_command_line
 from agrpo.yaml_input import ConfigError
-
-_STAGES = Path(__file__).resolve().parent.parent / "stages"
-MAINS = {
-    "sft": _STAGES / "stage1_sft" / "main.py",
-    "preferences": _STAGES / "stage2_reward" / "preferences.py",
-    "reward": _STAGES / "stage2_reward" / "main.py",
-    "agrpo": _STAGES / "stage3_agrpo" / "main.py",
-}
 
 
 def stage_of(main: Path) -> str:
@@ -43,7 +36,13 @@ def processes() -> int:
     return max(1, sum(line.startswith("GPU ") for line in listed.splitlines()))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, check: Callable[[list[str]], object] | None = None) -> int:
+    """Run a script in as many processes as the environment asks for.
+
+    Args:
+        argv: the script and its arguments.
+        check: of the arguments before anything starts; exits when they are wrong. By default as a stage's are.
+    """
     script, *arguments = sys.argv[1:] if argv is None else argv
     try:
         count, nodes = processes(), count_from_environment("NNODES")
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     os.environ["NPROC"] = str(count)
     told = partial(print, "TRL:", file=sys.stderr)
-    parse_command_line(stage_of(Path(script)), arguments, told)  # exits 0 or 2
+    (check or partial(parse_command_line, stage_of(Path(script)), note=told))(arguments)  # exits 0 or 2
     if count == 1 and nodes == 1:
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")

@@ -49,6 +49,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_value(text: str, name: str, *kinds: type) -> Any:
+    """A value that the command line holds as YAML, of one of these kinds; `name` is the option's, for errors."""
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, kinds):
+        wanted = " or ".join({dict: "a mapping such as {key: value}", str: "a text"}[kind] for kind in kinds)
+        raise ConfigError(f"{name}: {text!r} is not {wanted}")
+    return value
+
+
 def set_path(values: dict[str, Any], override: str) -> None:
     """Apply one `key.path=value` to nested mappings, in place. `rewards.0.weight=2` reaches into lists."""
     key, equals, text = override.partition("=")

@@ -15,6 +15,7 @@ from agrpo.config.common import (
     EngineConfig,
     EvaluationConfig,
     HeldOutConfig,
+    HubConfig,
     LoggingConfig,
     ModelConfig,
     RunConfig,
@@ -46,6 +47,7 @@ class StageConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: HeldOutConfig = HeldOutConfig()
     logging: LoggingConfig = LoggingConfig()
+    hub: HubConfig = HubConfig()
 
     @property
     def run_root(self) -> Path:

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from agrpo.config import STAGES, stage_of
-from agrpo.launch import MAINS
 from agrpo.types import InputError
 
 
@@ -36,7 +35,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for stage, own in runs:
-        command = [sys.executable, "-m", "agrpo.launch", str(MAINS[stage]), *own]
+        command = [sys.executable, "-m", "agrpo.cli", "train" if stage == "agrpo" else stage, *own]
         print(f"smoke: {stage}: {shlex.join(command)}", flush=True)
         if options.dry_run:
             continue

@@ -68,6 +68,13 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def _machine(machine: dict[str, Any]) -> Table:
     table = Table(title="Machine", title_justify="left", show_header=False)
     memory, shm = machine["memory"], machine["shared_memory"]
@@ -112,7 +119,9 @@ def _show_estimate(found: dict[str, Any], console: Console) -> None:
         table.add_row("beside it, main memory", _size(found["host"]))
     table.add_row("free", _size(found["free"]))
     for name, seconds in found["seconds"].items():
-        table.add_row(f"time of {name}", f"{seconds:.2g} s a step at full speed")
+        table.add_row(f"time of {name}", f"about {seconds:.2g} s a step")
+    if found["run_seconds"]:
+        table.add_row("time of the run", f"about {_duration(found['run_seconds'])}")
     console.print(table)
     for note in found["notes"]:
         console.print(note)

@@ -1,4 +1,4 @@
-"""What a run needs, in closed form: bytes of one rank, and operations of a step.
+"""What a run needs, in closed form: bytes of one rank.
 
 Legend: P parameters of the model, T of them learn, W ranks, b bytes of a number of the computation (4 or 2); H hidden
 size, Q query and K key width (heads × head size), F intermediate size, L layers, V vocabulary; S tokens of a
@@ -27,6 +27,12 @@ class Shape:
     intermediate: int
     layers: int
     vocabulary: int
+    tied: bool = True
+
+    @property
+    def of_layers(self) -> int:
+        """Parameters without the embeddings and the head."""
+        return max(0, self.parameters - self.vocabulary * self.hidden * (1 if self.tied else 2))
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,13 @@ def bucket(t: int, b: int, zero: int, cuda: bool) -> int:
 def activations(shape: Shape, batch: Batch, b: int, checkpointing: bool) -> int:
     """What a Llama-like backbone keeps for its backward pass, and one layer's gradients of it.
 
-    A layer keeps, a token: 6·H (input, normalised and scaled, twice), 2·Q (queries as attention reads them, its
-    output) and 1·Q (the output again, in the order of the axis), 4·F (gate, its activation, up, their product); and
-    2·K for each key token. Checkpointed, H for a layer and all of it for one layer at a time. Scores of attention are
-    not kept (flash). A family that does not run flat has its prompts repeated and its (S, V) logits whole: more.
+    A layer keeps, a token: 6·H (input, normalised and scaled, twice; the inputs in float32), 2·Q (queries as attention
+    reads them, its output) and 1·Q (the output again, in the order of the axis), 4·F (gate, its activation, up, their
+    product); and 2·K for each key token. Checkpointed, H for a layer and all of it for one layer at a time. Scores of
+    attention are not kept (flash). A family that does not run flat has its prompts repeated and its (S, V) logits
+    whole: more.
     """
-    layer = b * (batch.tokens * (6 * shape.hidden + 3 * shape.query + 4 * shape.intermediate))
+    layer = batch.tokens * (8 * shape.hidden + b * (4 * shape.hidden + 3 * shape.query + 4 * shape.intermediate))
     layer += b * batch.key_tokens * 2 * shape.key
     kept = b * batch.tokens * shape.hidden * shape.layers + layer if checkpointing else layer * shape.layers
     return kept + layer + 2 * b * batch.tokens * shape.hidden
@@ -104,14 +111,3 @@ def logits(shape: Shape, batch: Batch, b: int) -> int:
 def kv_cache(shape: Shape, rows: int, prompt: int, completion: int, b: int) -> int:
     """2·L·K numbers for each of rows × (p + c) places: the native backend's static cache, prompts at full length."""
     return 2 * b * shape.layers * shape.key * rows * (prompt + completion)
-
-
-def training_flops(shape: Shape, tokens: int, checkpointing: bool, reference: bool, updates: int) -> float:
-    """2·P a token forward, 4·P backward (2·P if most is frozen); a forward more if checkpointed or for a reference."""
-    backward = 4 if shape.trainable > shape.parameters / 2 else 2
-    return 2.0 * shape.parameters * tokens * (updates * (1 + backward / 2 + checkpointing) + reference)
-
-
-def decoding_seconds(shape: Shape, rows: int, length: int, b: int, flops_per_s: float, bytes_per_s: float) -> float:
-    """A decoding step reads all weights once and does 2·P operations a row; whichever takes longer, `length` times."""
-    return length * max(b * shape.parameters / bytes_per_s, 2.0 * shape.parameters * rows / flops_per_s)

@@ -13,6 +13,7 @@ from agrpo.config import LoraConfig, ModelConfig, load_config
 from agrpo.doctor import memory
 from agrpo.doctor.estimate import architecture, estimate, parts, setting, shape_of, totals
 from agrpo.doctor.memory import Batch, Shape
+from agrpo.doctor.timing import Speeds
 from agrpo.engine.backends.native import _FlatCache
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy
@@ -119,7 +120,7 @@ def machine(free):
 
 
 def told(config, free=2**40):
-    return estimate(config, machine(free), lambda dtype: (1e9, 1e9))
+    return estimate(config, machine(free), lambda *width: Speeds(flops=1e9, bandwidth=1e9, operation=1e-6))
 
 
 def test_what_does_not_fit_is_said_with_what_helps_most(tmp_path):

@@ -72,7 +72,7 @@ def _duration(seconds: float) -> str:
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.2g} seconds"
 
 
 def _machine(machine: dict[str, Any]) -> Table:
@@ -119,7 +119,7 @@ def _show_estimate(found: dict[str, Any], console: Console) -> None:
         table.add_row("beside it, main memory", _size(found["host"]))
     table.add_row("free", _size(found["free"]))
     for name, seconds in found["seconds"].items():
-        table.add_row(f"time of {name}", f"about {seconds:.2g} s a step")
+        table.add_row(f"time of {name}", f"about {_duration(seconds)} a step")
     if found["run_seconds"]:
         table.add_row("time of the run", f"about {_duration(found['run_seconds'])}")
     console.print(table)

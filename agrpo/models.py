@@ -100,11 +100,53 @@ def load_language_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase,
     else:
         lm = _from_pretrained(AutoModelForCausalLM, config, dtype=torch.float32)
     turn_off_dropout(lm)
+    if config.quantization != "none":
+        quantise(lm, getattr(torch, config.dtype))
     stop = stop_ids(tokenizer, lm)
     lm.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
     lm.config.pad_token_id = tokenizer.pad_token_id
     lm.config.eos_token_id = tokenizer.eos_token_id
     return lm
+
+
+def quantise(lm: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Every linear map but the head to 4-bit NormalFloat, in place (Dettmers et al. 2023, QLoRA, section 3).
+
+    The packed numbers are stored as `dtype`, that of the computation: casting the module to it leaves them alone.
+    """
+    try:
+        import bitsandbytes as bnb
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f"model.quantization: nf4 needs bitsandbytes, which does not load here ({error});"
+            " pip install 'agrpo[qlora]', or set it to none"
+        ) from None
+    head = lm.get_output_embeddings()
+    for parent in list(lm.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear and layer is not head:
+                device = layer.weight.device
+                packed = bnb.nn.Linear4bit(
+                    layer.in_features,
+                    layer.out_features,
+                    bias=layer.bias is not None,
+                    compute_dtype=dtype,
+                    quant_type="nf4",
+                    quant_storage=dtype,
+                    device="meta",
+                )
+                packed.weight = bnb.nn.Params4bit(
+                    layer.weight.data, requires_grad=False, quant_type="nf4", quant_storage=dtype, module=packed
+                )
+                packed.bias = layer.bias
+                setattr(parent, name, packed.to("cuda" if torch.cuda.is_available() else device))
+    lm.is_loaded_in_4bit = True  # so PEFT knows the layers it adapts
+
+
+def _dequantised(weight: torch.Tensor) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
 
 
 def _from_pretrained(kind: type, config: ModelConfig, **options: object):
@@ -230,13 +272,16 @@ def merged_weights(lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's weights under their plain names, one after the other.
 
     LoRA's adapters are added to a copy of the one weight at hand: merging in place and back would move the frozen
-    weights by a rounding error each time.
+    weights by a rounding error each time. Quantised weights come out dequantised.
     """
     base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
     adapted = {name: layer for name, layer in base.named_modules() if hasattr(layer, "get_delta_weight")}
+    packed = {name for name, weight in base.named_parameters() if hasattr(weight, "quant_state")}
     for name, weight in base.state_dict().items():
-        if "lora_" in name:
+        if "lora_" in name or any(name.startswith(f"{one}.") for one in packed):
             continue
+        if name in packed:
+            weight = _dequantised(base.get_parameter(name))
         layer = adapted.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
             weight = weight + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)

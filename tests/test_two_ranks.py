@@ -68,8 +68,10 @@ def test_two_ranks_in_small_micro_batches_give_the_curve_of_one(alone, stage, tm
         assert_same_samples(directory, alone / stage)
 
 
-def test_two_ranks_that_shard_the_weights_give_the_curve_of_one(alone, tmp_path):
-    directory = other(alone, tmp_path / "two", "agrpo", "engine.zero_stage=3", nproc=2)
+@pytest.mark.parametrize("source", ["whole", "layers"])
+def test_two_ranks_that_shard_every_weight_give_the_curve_of_one(alone, tmp_path, source):
+    shards = ["engine.zero_stage=3", "engine.param_persistence_threshold=0", f"engine.sample_from={source}"]
+    directory = other(alone, tmp_path / "two", "agrpo", *shards, nproc=2)
     assert_same_curves(directory, alone / "agrpo")
     assert_same_samples(directory, alone / "agrpo")
 

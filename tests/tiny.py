@@ -94,6 +94,9 @@ def engine_of(
     dtype="float32",
     with_reference=False,
     offload="none",
+    offload_path=None,
+    sample_from="auto",
+    persistence=100_000,
     checkpointing=False,
     critic=False,
     scorer=False,
@@ -102,6 +105,7 @@ def engine_of(
     pad="t0",
     rollout=None,
     longest=None,
+    note=print,
     **training,
 ):
     """A HybridEngine around a language model, with a value or a score head where asked for."""
@@ -112,7 +116,14 @@ def engine_of(
     policy = (ActorCritic if critic else Policy)(lm, flat)
     return HybridEngine(
         Scorer(policy) if scorer else policy,
-        engine=EngineConfig(zero_stage=zero_stage, offload=offload, activation_checkpointing=checkpointing),
+        engine=EngineConfig(
+            zero_stage=zero_stage,
+            offload=offload,
+            offload_path=offload_path,
+            sample_from=sample_from,
+            param_persistence_threshold=persistence,
+            activation_checkpointing=checkpointing,
+        ),
         training=TrainingConfig(max_steps=1, **training),
         tokenizer=tokenizer(pad),
         stop=[1],
@@ -120,4 +131,5 @@ def engine_of(
         longest=longest,
         dtype=dtype,
         with_reference=with_reference,
+        note=note,
     )

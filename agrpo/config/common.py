@@ -41,9 +41,10 @@ class ModelConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     revision: str | None = None
     trust_remote_code: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; the master weights are float32
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation; the master weights are float32
     chat_template: Path | None = None
     lora: LoraConfig | None = None
+    quantization: Literal["none", "nf4"] = "none"  # nf4: 4 bits for each frozen weight under LoRA (QLoRA)
     trainable_layers: Count | None = None  # train only the last so many layers and the final norm
 
     @model_validator(mode="after")
@@ -55,6 +56,8 @@ class ModelConfig(Section):
             raise ValueError("config needs model_type, for example model_type: qwen2")
         if self.lora and self.trainable_layers:
             raise ValueError("lora and trainable_layers exclude each other: keep one of them")
+        if self.quantization != "none" and self.lora is None:
+            raise ValueError("quantization: 4-bit weights cannot learn: set lora, or quantization to none")
         return self
 
 
@@ -96,8 +99,24 @@ class TrainingConfig(Section):
 
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
-    offload: Literal["none", "cpu"] = "none"  # where the optimiser's state lives
+    offload: Literal["none", "cpu", "nvme"] = "none"  # where the optimiser's state lives
+    offload_path: Path | None = None  # nvme: a directory on the drive
     activation_checkpointing: bool = False
+    # ZeRO-3
+    sample_from: Literal["auto", "whole", "layers"] = "auto"  # a copy made whole once a rollout | one layer at a time
+    param_persistence_threshold: Annotated[int, Field(ge=0)] = 100_000  # smaller parameters are not sharded
+
+    @model_validator(mode="after")
+    def _places(self) -> Self:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(f"offload: {self.offload} needs engine.zero_stage 1, 2 or 3")
+        if self.offload == "nvme" and self.zero_stage != 3:
+            raise ValueError("offload: nvme is DeepSpeed's with ZeRO-3 alone: set engine.zero_stage to 3")
+        if (self.offload == "nvme") != (self.offload_path is not None):
+            raise ValueError(
+                "offload_path: the directory for offload: nvme, and for nothing else: give both or neither"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -35,7 +35,7 @@ class VllmConfig(Section):
 
 
 class RolloutConfig(Section):
-    backend: Literal["native", "vllm"] = "native"
+    backend: Literal["native", "vllm", "deepspeed"] = "native"
     max_sequences: Count = 256  # completions that decode together
     vllm: VllmConfig = VllmConfig()
 

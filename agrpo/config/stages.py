@@ -55,12 +55,13 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _precision(self) -> Self:
-        if self.model.dtype == "bfloat16" and self.engine.zero_stage == 0:
+        if self.model.dtype != "float32" and self.engine.zero_stage == 0:
             raise ValueError(
-                "model.dtype: bfloat16 keeps its float32 master weights in ZeRO: set engine.zero_stage to 1, 2 or 3"
+                f"model.dtype: {self.model.dtype} keeps its float32 master weights in ZeRO: set engine.zero_stage to 1,"
+                " 2 or 3"
             )
-        if self.engine.offload == "cpu" and self.engine.zero_stage == 0:
-            raise ValueError("engine.offload: cpu needs engine.zero_stage 1, 2 or 3")
+        if self.model.quantization != "none" and self.engine.zero_stage == 3:
+            raise ValueError("model.quantization: ZeRO-3 would cut the packed weights: set engine.zero_stage to 0 to 2")
         return self
 
 
@@ -148,7 +149,7 @@ class PolicyConfig(StageConfig):
     @property
     def corrects_sampler(self) -> bool:
         """Is there a sampler whose forward is not the update's, and a correction for it?"""
-        return self.rollout.backend != "native" and self.objective.sampler_correction != "none"
+        return self.rollout.backend not in ("native", "deepspeed") and self.objective.sampler_correction != "none"
 
     @property
     def longest_sequence(self) -> int:

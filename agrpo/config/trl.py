@@ -149,6 +149,8 @@ def _model(left: _Flat) -> Mapped:
         rank = adapters.pop("lora_r", None)
         found["model.lora.rank"] = (16, ("use_peft",)) if rank is None else (rank, ("use_peft", "lora_r"))
         found |= {LORA[key]: (value, (key,)) for key, value in adapters.items()}
+        if left.take("load_in_4bit"):
+            found["model.quantization"] = ("nf4", ("load_in_4bit",))
     elif adapters:
         raise left.refuse(min(adapters), "has no effect without use_peft: true; add that, or leave it out")
     return found

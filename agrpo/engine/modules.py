@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -39,6 +41,10 @@ class Policy(nn.Module):
     def forward(self, layout: Layout, temperature: float = 1.0) -> tuple[Tensor, ...]:
         """(C,) log-probabilities and (C,) entropies at the temperature, nats."""
         return self._run(layout, temperature)[:2]
+
+    def generate(self, *inputs: Tensor, **options: Any) -> Tensor:
+        """transformers' own generate: DeepSpeed's rollout interface asks the module that trains for it."""
+        return causal_lm(self.lm).generate(*inputs, **options)
 
     def _run(self, layout: Layout, temperature: float, states: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same, and where asked for the (C, H) last hidden states that predict the tokens."""

@@ -93,6 +93,7 @@ class Sampler:
         more = [of_slot[p.slot] - grouping.least for p in asked]
         metrics = {"agrpo/group_size_min": float(min(counts)), "agrpo/group_size_max": float(max(counts))}
         if not any(more):
+            generate(asked, more, grouping.least)  # nothing; other ranks may need this one's shards
             return pilot, scores, metrics
         chosen = [p for p, count in zip(asked, more, strict=True) if count]
         rest = generate(chosen, [count for count in more if count], grouping.least)

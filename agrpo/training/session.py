@@ -160,7 +160,7 @@ class Session:
         state["config"] = _identity(self.config)
         checkpoint.save(self._checkpoints, step, self._engine, state, self.config.checkpoint.keep)
         if self._save_model is not None:
-            self._engine.generation_mode()
+            self._engine.gather()
             if distributed.rank() == 0:
                 folder = self.directory / ".model.pushed"
                 self._write_model(folder, self._save_model, {"step": step})

@@ -75,7 +75,7 @@ def main(config: SFTConfig) -> None:
         results["validation_loss"] = evaluation_loss(engine, *tokens, training.micro_batch_tokens)
     if test is not None:
         results |= write_evaluation(session, "test", evaluate_policy(engine, test, rewards, evaluation, config.seed))
-    engine.generation_mode()
+    engine.gather()
     session.finish(results, save_model)
 
 

@@ -96,7 +96,7 @@ def main(config: RewardConfig) -> None:
         measured = evaluate_scores(score_groups(engine, batch, config), rows)
         results = measured.summary()
         log.note(measured.in_words())
-    engine.generation_mode()
+    engine.gather()
     session.finish(results, save_model)
 
 

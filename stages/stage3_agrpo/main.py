@@ -55,6 +55,7 @@ def main(config: PolicyConfig) -> None:
         longest=config.longest_sequence,
         dtype=config.model.dtype,
         with_reference=config.needs_reference,
+        note=log.note,
     )
     controllers = Controllers(config)
     save_model = partial(save_language_model, engine.whole_policy.lm, tokenizer)
@@ -94,7 +95,7 @@ def main(config: PolicyConfig) -> None:
     if "test" in held_out:
         after = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)
         results |= write_evaluation(session, "test", after)
-    engine.generation_mode()
+    engine.gather()
     session.finish(results, save_model)
 
 

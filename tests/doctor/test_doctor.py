@@ -6,11 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from stage_runs import ROOT, environment
+from transformers import AutoConfig
 
 from agrpo.config import load_config
 from agrpo.doctor.backends import self_test, why_no_deepspeed
@@ -93,10 +93,11 @@ def test_a_self_test_that_dies_is_told_with_its_last_words():
 )
 def test_deepspeeds_kernels_are_refused_for_the_reason(family, keys, overrides, words):
     config = load_config("sft", ROOT / "configs/quickstart/sft.yaml", overrides)
-    heads = SimpleNamespace(model_type=family, num_attention_heads=4, num_key_value_heads=keys)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    heads = AutoConfig.for_model(family, **sizes, num_key_value_heads=keys)
     plain = load_config("sft", ROOT / "configs/quickstart/sft.yaml")
     assert words in why_no_deepspeed(config, heads)
-    sound = SimpleNamespace(model_type="llama", num_attention_heads=4, num_key_value_heads=4)
+    sound = AutoConfig.for_model("llama", **sizes, num_key_value_heads=4)
     assert words not in why_no_deepspeed(plain, sound)
 
 

@@ -11,16 +11,28 @@ import pytest
 import torch
 from tiny import FAMILIES, engine_of, follows, ragged, warped
 
-from agrpo.config import LoraConfig, ModelConfig
+from agrpo.config import LoraConfig, ModelConfig, RolloutConfig
+from agrpo.engine import zero
+from agrpo.engine.backends.deepspeed import why_not_sound
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import causal_lm
 from agrpo.models import make_trainable
 from agrpo.types import Prompt
 
+
+def by_kernels(lm, **how):
+    """An engine that generates by DeepSpeed's kernels, where they are sound."""
+    against = why_not_sound(lm, how.get("zero_stage", 0), zero.kernel_layers())
+    if against:
+        pytest.skip("deepspeed: " + "; ".join(against))
+    return engine_of(lm, **{"rollout": RolloutConfig(backend="deepspeed", max_sequences=4), **how})
+
+
 BACKENDS = {
     "native": functools.partial(engine_of, max_sequences=4),  # fewer than the completions: lines are refilled
     "native-fallback": functools.partial(engine_of, max_sequences=4, flat=False),
+    "deepspeed": by_kernels,
 }
 HEADS = ["llama-tied", "llama-untied", "qwen3-tied"]
 # Some prompts hold the end token and the pad token, which are one and the same here.

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from agrpo.config import SamplingConfig
+from agrpo.engine import distributed
 from agrpo.engine.attention import FlatAttention
 from agrpo.engine.backends.sampling import draw, uniforms
 from agrpo.engine.backends.stopping import StopStrings
@@ -55,6 +56,8 @@ class NativeBackend:
         tokenizer: decodes the texts.
         stop: token ids that end a completion.
         max_sequences: completions that decode together.
+        in_step: the weights are shards that every forward gathers from all ranks (ZeRO-3): a rank whose completions
+            have ended runs along with the others, and every rank must make the same calls of `generate`.
     """
 
     def __init__(
@@ -65,7 +68,9 @@ class NativeBackend:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[int],
         max_sequences: int,
+        in_step: bool = False,
     ) -> None:
+        self.in_step = in_step
         self.lm, self.flat, self.tokenizer, self.max_sequences = lm, flat, tokenizer, max_sequences
         self.stop = torch.tensor(list(stop))
         self.weight_version = 0
@@ -87,12 +92,15 @@ class NativeBackend:
     ) -> Rollout:
         """Sample counts[p] completions of prompt p, its samples first, first + 1, …; `key` is (seed, step)."""
         device = self.lm.get_input_embeddings().weight.device
-        group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))  # (N,)
+        group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts, dtype=torch.long))  # (N,)
         streams = [
             (p.slot, sample) for p, count in zip(prompts, counts, strict=True) for sample in range(first, first + count)
         ]
         random = None if sampling.greedy else uniforms(key, streams, sampling.max_completion_length).to(device)
         batches = [torch.arange(len(group))] if self.flat else torch.arange(len(group)).split(self.max_sequences)
+        if self.in_step:
+            more = distributed.max_over_ranks(len(batches)) - len(batches)
+            batches = [*batches, *[torch.zeros(0, dtype=torch.long)] * more]
         parts = [
             self._decode(prompts, group[r], None if random is None else random[r], sampling, device) for r in batches
         ]
@@ -129,6 +137,11 @@ class NativeBackend:
         began = 0
         while True:
             alive, waiting = int(running.sum()), len(ids) - began
+            if not self._anyone_goes_on(alive + waiting > 0):
+                break
+            if alive + waiting == 0:
+                cache.idle(self.lm, device)
+                continue
             if waiting and len(row) - alive >= min(waiting, _REFILL_AT * lines):
                 places = (~running).nonzero()[:waiting, 0]
                 row[places] = torch.arange(began, began + len(places))
@@ -136,8 +149,6 @@ class NativeBackend:
                 token[places.to(device)], running[places] = completions.draw(row[places], logits)
                 began += len(places)
                 continue  # a first token may be the last one
-            if alive == 0:
-                break
             if not waiting and alive < _COMPACT_AT * len(row):
                 on = running.nonzero()[:, 0]
                 row, token, running = row[on], token[on.to(device)], running[on]
@@ -149,6 +160,10 @@ class NativeBackend:
                 on = running.nonzero()[:, 0]
                 token[on.to(device)], running[on] = completions.draw(row[on], logits[on.to(device)])
         return completions.result()
+
+    def _anyone_goes_on(self, this_rank: bool) -> bool:
+        """Each turn of the loop is one forward: in step, all ranks take it as long as one of them has work."""
+        return bool(distributed.max_over_ranks(int(this_rank))) if self.in_step else this_rank
 
 
 class _Completions:
@@ -265,6 +280,18 @@ class _FlatCache:
         self.at += 1
         return lm.get_output_embeddings()(hidden)
 
+    def idle(self, lm: PreTrainedModel, device: torch.device) -> None:
+        """A forward for nothing, through the modules of `join` and `step`: the other ranks gather weights with it."""
+        nothing = torch.zeros(0, dtype=torch.long)
+        layout = build_layout([(0,)], nothing, nothing, nothing).to(device)
+        states = lm.get_decoder()(
+            input_ids=layout.ids[None],
+            position_ids=layout.positions[None],
+            attend=FlatAttention(layout),
+            use_cache=False,
+        )
+        lm.get_output_embeddings()(states.last_hidden_state[0])
+
     def keep(self, places: Tensor) -> None:
         """Drop every line but these, in place."""
         self.at = self.at[places.cpu()]
@@ -307,6 +334,10 @@ class _PlainCache:
             use_cache=True,
         )
         return output.logits[:, -1]
+
+    def idle(self, lm: PreTrainedModel, device: torch.device) -> None:
+        """A forward for nothing, for the other ranks' sake."""
+        lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
 
     def keep(self, places: Tensor) -> None:
         self.cache.batch_select_indices(places)

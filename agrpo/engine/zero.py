@@ -1,0 +1,141 @@
+"""DeepSpeed, imported in this file alone: what the engine and the DeepSpeed backend need of it, under plain names."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from agrpo.config import EngineConfig, TrainingConfig
+from agrpo.types import InputError
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+from deepspeed.module_inject.replace_policy import replace_policies
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.rollout import HybridEngineRollout, RolloutRequest, SamplingConfig
+from deepspeed.utils import safe_set_full_fp32_param
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # raised by DeepSpeed's own calls
+# On a CPU DeepSpeed would compile a shared-memory collective at start-up: that takes a compiler, and gloo will do.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+BUCKET = 500_000_000  # numbers of one reduction at most; its buffer is allocated whole
+
+
+def initialize(
+    module: nn.Module, engine: EngineConfig, training: TrainingConfig, dtype: str, kernel_tokens: int | None = None
+) -> Any:
+    """A DeepSpeed engine around the module; `kernel_tokens` has it generate by its own kernels, so many at most."""
+    config = _config(module, engine, training, dtype)
+    if kernel_tokens is not None:
+        config["hybrid_engine"] = {"enabled": True, "max_out_tokens": kernel_tokens}
+    made, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, training), config=config)
+    return made
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """Inside, these parameters of a ZeRO-3 module are whole. Every rank must enter it."""
+    return deepspeed.zero.GatheredParameters(list(parameters))
+
+
+def reads_outside_its_module(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Tell ZeRO-3 that this module's forward reads a parameter of another one."""
+    deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def set_master_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    """The float32 master weight of a parameter, whole, wherever ZeRO keeps it."""
+    safe_set_full_fp32_param(parameter, value)
+
+
+def kernel_layers() -> frozenset[type]:
+    """The classes of transformers' layers that DeepSpeed's Hybrid Engine replaces by its own kernels to generate."""
+    found: set[type] = set()
+    for policy in replace_policies:
+        policy(None)  # looks its layer class up
+        known = policy._orig_layer_class
+        found.update(known if isinstance(known, list) else [known] if known is not None else [])
+    return frozenset(found)
+
+
+class KernelRollout:
+    """DeepSpeed's rollout interface on an engine: token ids in, token ids out."""
+
+    def __init__(self, engine: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._rollout = HybridEngineRollout(engine, tokenizer)
+
+    def __call__(self, ids: Tensor, mask: Tensor, length: int, **sampling: Any) -> Tensor:
+        """(B, width) prompts padded on the left and their mask → (B, length) tokens; behind an end they mean nothing.
+
+        sampling: temperature (0 is greedy), top_k, top_p.
+        """
+        request = RolloutRequest(prompt_ids=ids, prompt_attention_mask=mask)
+        batch = self._rollout.generate(request, SamplingConfig(max_new_tokens=length, **sampling))
+        return batch.input_ids[:, ids.shape[1] :]
+
+
+def _optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=training.learning_rate, betas=training.betas, fused=True
+    )
+
+
+def _config(module: nn.Module, engine: EngineConfig, training: TrainingConfig, dtype: str) -> dict[str, Any]:
+    # A bucket is a buffer of its full size on a GPU: more than the gradients there are would be wasted.
+    bucket = min(BUCKET, max(1, sum(p.numel() for p in module.parameters() if p.requires_grad)))
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if engine.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = engine.param_persistence_threshold
+    if engine.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload == "nvme":
+        _require_async_io()
+        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": str(engine.offload_path)}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # the stages cut micro-batches by tokens and own the boundary
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": training.gradient_clipping,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},
+        "fp16": {"enabled": dtype == "float16", "initial_scale_power": 16, "hysteresis": 1, "min_loss_scale": 1},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+    }
+
+
+def _require_async_io() -> None:
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise InputError(
+            "engine.offload: nvme needs libaio and a C++ compiler, which DeepSpeed does not find: on Debian"
+            " apt-get install libaio-dev g++ ninja-build, or use engine.offload=cpu"
+        )
+
+
+def require_dtype(dtype: str) -> None:
+    """Refuse a precision that DeepSpeed does not compute with on this device, before anything is made."""
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if dtype == "float16" and not accelerator.is_fp16_supported():
+        raise InputError(
+            f"model.dtype: float16: DeepSpeed does not compute with it on this {accelerator.device_name()};"
+            " use bfloat16, or float32"
+        )

@@ -163,8 +163,8 @@ LORA = {
     "lora_target_modules": "model.lora.target_modules",
 }
 # Names that decide another key together, or whose values are other words.
-COMPOSED = """load_in_4bit output_dir lr_scheduler_type warmup_steps adam_beta1 adam_beta2 bf16 dtype torch_dtype save_steps
-    save_strategy eval_steps eval_strategy use_peft lora_r lora_alpha lora_dropout lora_target_modules
+COMPOSED = """output_dir lr_scheduler_type warmup_steps adam_beta1 adam_beta2 bf16 dtype torch_dtype save_steps
+    load_in_4bit save_strategy eval_steps eval_strategy use_peft lora_r lora_alpha lora_dropout lora_target_modules
     per_device_train_batch_size gradient_accumulation_steps generation_batch_size steps_per_generation epsilon
     epsilon_high top_k min_p loss_type scale_rewards multi_objective_aggregation use_vllm
     vllm_importance_sampling_correction vllm_importance_sampling_mode entropy_coef_min entropy_coef_max

@@ -42,6 +42,7 @@ class Setting:
     world: int
     flat: bool
     cuda: bool
+    quantized: bool = False  # the frozen weights, to 4 bits
     layerwise: bool = False  # ZeRO-3 samples from its shards
 
 
@@ -93,7 +94,8 @@ def setting(config: Any, found: PreTrainedConfig) -> Setting:
     """Of any stage's configuration; every text at its longest."""
     world, shape = world_size(), shape_of(config, found)
     flat = why_not_flat(found) is None
-    common = {"shape": shape, "world": world, "flat": flat, "cuda": torch.cuda.is_available()}
+    quantized = config.model.quantization != "none"
+    common = {"quantized": quantized, "shape": shape, "world": world, "flat": flat, "cuda": torch.cuda.is_available()}
     if isinstance(config, PreferencesConfig):
         s = config.sampling
         nothing = Batch(0, s.num_generations, s.max_prompt_length, s.max_completion_length)
@@ -137,7 +139,8 @@ def setting(config: Any, found: PreTrainedConfig) -> Setting:
 def parts(s: Setting) -> dict[str, int]:
     """Bytes of one rank by what they are for."""
     p, t, b = s.shape.parameters, s.shape.trainable, s.bytes
-    found = {"weights": memory.weights(p, b, s.zero, s.world)}
+    own = memory.quantized_weights(s.shape, b) if s.quantized else memory.weights(p, b, s.zero, s.world)
+    found = {"weights": own}
     if s.trains:
         found |= {
             "float32 master weights": memory.master(t, s.zero, s.world),

@@ -63,6 +63,11 @@ def weights(p: int, b: int, zero: int, world: int) -> int:
     return b * p // world + b * min(p, LIVE) if zero == 3 else b * p
 
 
+def quantized_weights(shape: Shape, b: int) -> int:
+    """NF4 in blocks of 64: half a byte a weight of the layers and a float32 scale a block; embeddings keep b bytes."""
+    return shape.of_layers * 9 // 16 + b * (shape.parameters - shape.of_layers)
+
+
 def master(t: int, zero: int, world: int) -> int:
     """4·T/W: the float32 copy that ZeRO 1 to 3 step on, also when the computation is float32. None without ZeRO."""
     return 4 * t // world if zero else 0

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from stage_runs import ROOT, environment, rows
 from agrpo.config import load_config, stage_of
 from agrpo.known_models import ARCHITECTURES
 from agrpo.smoke.plan import STEPS, plan
+from agrpo.types import InputError
 
 OLD = ("quickstart", "smollm2-135m", "smollm2-135m-data")  # run by tests of their own, or with a real model
 BASES = ("shared", "machines")
@@ -71,3 +73,42 @@ def alike(saved, architecture, weights):
         and saved["tie_word_embeddings"] == architecture["tie_word_embeddings"]
         and any(name.endswith("q_proj.bias") for name in weights) == (architecture["model_type"] == "qwen2")
     )
+
+
+SCRIPTS = sorted(p for p in (ROOT / "scripts").glob("*.sh") if "recipe.sh" in p.read_text() and p.stem != "recipe")
+
+
+def test_every_script_names_a_configuration_that_is_there():
+    assert len(SCRIPTS) == 10
+    for script in SCRIPTS:
+        what, path = re.search(r"recipe\.sh\" (train|eval) (\S+)", script.read_text()).groups()
+        assert (ROOT / path) in RECIPES, script
+        assert script.stem.startswith("Eval_") == (what == "eval")
+        method = script.stem.split("_")[0].lower()
+        assert what == "eval" or load_config("agrpo", ROOT / path, ["rollout.backend=native"]).method == method
+
+
+def test_a_script_rehearses_offline(tmp_path):
+    """It trains, and evaluates what it trained on the benchmark's columns."""
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "Eval_math.sh"), "--smoke"],
+        env={**environment(), "SMOKE_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert len(rows(tmp_path / "qwen2.5-7b-math" / "agrpo" / "metrics.jsonl")) == STEPS
+    (file,) = (tmp_path / "evaluations").glob("*.json")
+    found = json.loads(file.read_text())
+    assert found["n"] == 8 and 0 <= found["pass1"] <= 1
+
+
+def test_a_rehearsal_of_what_it_does_not_know_is_refused(tmp_path):
+    path = ROOT / "configs" / "llama-3.2-1b-gsm8k" / "agrpo.yaml"
+    for override, says in (
+        ("model.name_or_path=a/b", "a smoke run knows the sizes of"),
+        ("data.source=a/b", "a smoke run knows the columns of openai/gsm8k"),
+    ):
+        with pytest.raises(InputError, match=says):
+            plan(path, "agrpo", [override], tmp_path)

@@ -229,7 +229,7 @@ def test_shipped_configurations_are_valid_once_the_stages_before_them_have_run(f
     monkeypatch.chdir(tmp_path)
     for made in ("sft/model", "reward/model", "preferences"):
         (tmp_path / "runs" / file.parent.name / made).mkdir(parents=True)
-    for data in re.findall(r'path: "?([\w./{}-]+)', file.read_text()):
+    for data in re.findall(r'\bpath: "?([\w./{}-]+)', file.read_text()):
         Path(data.format(run=f"runs/{file.parent.name}")).touch()
     stage = stage_of(file)
     here = ["rollout.backend=native"] if stage == "agrpo" else []  # vLLM is optional

@@ -41,7 +41,8 @@ def translate(
     flat = {key: value for key, value in values.items() if is_flat(key, stage)}
     sections = {key: value for key, value in values.items() if key not in flat}
     left = _Flat({key: value for key, value in flat.items() if value is not None}, stage, where, under, sections)
-    for path, (value, sources) in _mapped(left).items():
+    mapped = _mapped(left)
+    for path, (value, sources) in mapped.items():
         names = " and ".join(sources)
         if left.nested(path) is not None:
             raise ConfigError(f"{where}: {names}: {path} is set in the same file; keep one of them")
@@ -60,6 +61,8 @@ def translate(
             instead = INSTEAD.get(key, f"agrpo has only this: {why}" if why else "leave it out")
             raise ConfigError(f"{where}: {key}: {_short(flat[key])}: TRL's, without a counterpart here: {instead}")
         note(f"{where}: {key}: {_short(flat[key])} changes nothing: {why}")
+    for key in flat.keys() - left.flat.keys() - {name for _, sources in mapped.values() for name in sources}:
+        note(f"{where}: {key}: {_short(flat[key])} changes nothing: so it is without it")
     return sections
 
 
@@ -101,10 +104,16 @@ class _Flat:
 
     def choose(self, key: str, choices: dict[Any, Any]) -> Any:
         value = self.take(key)
-        if value not in choices:
+        if not any(value == one for one in choices):
             known = ", ".join(map(_short, choices))
             raise ConfigError(f"{self.where}: {key}: {_short(value)} has no counterpart here; there are {known}")
         return choices[value]
+
+    def number(self, key: str, default: Any = None) -> Any:
+        value = self.take(key, default)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            raise self.refuse(key, f"{_short(value)} is not a number of 0 or more")
+        return value
 
     def refuse(self, key: str, why: str) -> ConfigError:
         return ConfigError(f"{self.where}: {key}: {why}")
@@ -144,6 +153,8 @@ def _model(left: _Flat) -> Mapped:
         found["model.dtype"] = ("bfloat16", ("bf16",))
     if found.get("model.dtype", ("",))[0] == "bfloat16" and left.nested("engine.zero_stage", under=True) is None:
         found["engine.zero_stage"] = (1, found["model.dtype"][1])  # where the float32 master weights are
+    if left.flat.get("load_in_4bit") is False:
+        left.take("load_in_4bit")
     adapters = {key: left.take(key) for key in LORA if key in left}
     if left.take("use_peft"):
         rank = adapters.pop("lora_r", None)
@@ -163,7 +174,10 @@ def _schedule(left: _Flat) -> Mapped:
         if left.nested("training.min_lr_ratio", under=True) is None:
             found["training.min_lr_ratio"] = (0.0, ("lr_scheduler_type",))  # TRL's schedules end at 0
     if "warmup_steps" in left:
-        steps, total = left.take("warmup_steps"), left.flat.get("max_steps") or left.nested("training.max_steps", True)
+        steps, total = (
+            left.number("warmup_steps"),
+            left.flat.get("max_steps") or left.nested("training.max_steps", True),
+        )
         if steps >= 1 and not total:
             raise left.refuse("warmup_steps", "counts steps, and max_steps is not given; set warmup_ratio")
         found["training.warmup_ratio"] = (steps if steps < 1 else steps / total, ("warmup_steps",))
@@ -186,8 +200,8 @@ def _batch(left: _Flat) -> Mapped:
     given = tuple(key for key in (*names, "steps_per_generation") if key in left)
     if not given:
         return {}
-    accumulated, whole = left.take(names[1], 1), left.take(names[2])
-    device, rounds = left.take(names[0]), left.take("steps_per_generation", accumulated)
+    accumulated, whole = left.number(names[1], 1), left.number(names[2])
+    device, rounds = left.number(names[0]), left.number("steps_per_generation", accumulated)
     if device is None and whole is None:
         raise left.refuse(given[0], "needs per_device_train_batch_size beside it")
     if left.stage != "agrpo":

@@ -54,7 +54,7 @@ if $is_smoke; then
         model=$smoke/models/${model//\//--}
     fi
     case "$benchmark" in gsm8k) rows=openai--gsm8k ;; *) rows=HuggingFaceH4--MATH-500 ;; esac
-    asked+=(--data "$smoke/data/$rows.jsonl" --samples 2 --max-tokens 12 --limit 8)
+    asked+=(--data "$smoke/data/$rows-6.jsonl" --samples 2 --max-tokens 12)
     results=$smoke/evaluations/$name-$which-$benchmark.json
 elif [ "$which" = trained ]; then
     model=runs/$name

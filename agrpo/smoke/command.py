@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--stage", choices=list(STAGES), help="whose configuration; by default as its file is called")
     parser.add_argument("--out", type=Path, default=Path("runs/smoke"), help="for models, rows and runs")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--dry-run", action="store_true", help="make models and rows, and print the commands")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_intermixed_args(arguments)

@@ -15,10 +15,9 @@ from agrpo.types import InputError
 from agrpo.yaml_input import set_path
 
 TOKENS = 12  # of a completion
-STEPS = 3
-# Untrained completions are never right: this tells them apart, so that there is something to learn.
-_LENGTH = {"target": "reward_models.rules.length", "name": "smoke_length", "scale": TOKENS, "tokens": 4}
-_DATA = ("data", "evaluation.data", "evaluation.test", "objective.group_loss.ranked.data")
+STEPS = 2
+_REWARD = {"target": "agrpo.smoke.reward.letters", "name": "smoke"}  # tells untrained completions apart
+_ROWS = {"data": 16, "evaluation.data": 6, "evaluation.test": 6, "objective.group_loss.ranked.data": 16}
 Run = tuple[str, list[str]]  # a stage and its arguments
 
 
@@ -60,15 +59,15 @@ def _stages_before(values: dict[str, Any], stage: str) -> Iterator[str]:
 
 
 def _data(values: dict[str, Any], out: Path) -> Iterator[str]:
-    for key in _DATA:
+    for key, count in _ROWS.items():
         source = _at(values, f"{key}.source")
         if not isinstance(source, str) or source.startswith(("python:", "reasoning_gym:")):
             continue
         if source not in MAKERS:
             raise InputError(f"{key}.source: {source}: a smoke run knows the columns of {', '.join(MAKERS)}")
-        file = out / "data" / f"{source.replace('/', '--')}.jsonl"
+        file = out / "data" / f"{source.replace('/', '--')}-{count}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(source)), encoding="utf-8")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(source, count)), encoding="utf-8")
         yield from (f"{key}.source=null", f"{key}.path={file}", f"{key}.parameters={{}}", f"{key}.revision=null")
 
 
@@ -89,7 +88,7 @@ def make_model(architecture: dict[str, Any], folder: Path) -> None:
     """A scaled-down model of random weights, and a tokenizer of the made-up rows."""
     from agrpo.models import load_language_model, load_tokenizer, save_language_model
 
-    corpus = [json.dumps(row, ensure_ascii=False) for source in MAKERS for row in rows_of(source)]
+    corpus = [json.dumps(row, ensure_ascii=False) for source in MAKERS for row in rows_of(source, 24)]
     config = ModelConfig(config=scaled_down(architecture), tokenizer=TokenizerConfig(vocab_size=1024))
     tokenizer, _ = load_tokenizer(config, corpus)
     save_language_model(load_language_model(config, tokenizer, 0), tokenizer, folder)
@@ -99,7 +98,7 @@ def _sizes(values: dict[str, Any], stage: str, steps: int) -> Iterator[str]:
     if stage in ("agrpo", "preferences"):
         yield from ("sampling.num_generations=4", f"sampling.max_completion_length={TOKENS}")
         yield from ("sampling.max_prompt_length=512", "rollout.backend=native", "rollout.max_sequences=16")
-        yield f"rewards={json.dumps([*values['rewards'], _LENGTH])}"
+        yield f"rewards={json.dumps([*values['rewards'], _REWARD])}"
     if stage == "preferences":
         return
     yield from (f"training.max_steps={steps}", "training.learning_rate=1e-3", "checkpoint.every=0")

@@ -9,7 +9,7 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def rows_of(source: str, count: int = 24, seed: int = 0) -> list[Row]:
+def rows_of(source: str, count: int, seed: int = 0) -> list[Row]:
     """`count` rows as the data set `source` has them.
 
     Raises:

@@ -13,10 +13,10 @@ class Lines:
     """Plain text. One answer is written as it comes; of several, each when all are there."""
 
     def __init__(self, out: TextIO) -> None:
-        self.out = out
+        self.out, self._encoding = out, out.encoding or "utf-8"
 
     def say(self, text: str) -> None:
-        print(printable(text, self.out.encoding), file=self.out, flush=True)
+        print(printable(text, self._encoding), file=self.out, flush=True)
 
     def watch(self, title: str, count: int) -> Callable[[Sequence[str]], None]:
         self._texts: Sequence[str] = [""] * count
@@ -27,7 +27,7 @@ class Lines:
         def show(texts: Sequence[str]) -> None:
             self._texts = texts
             if count == 1 and len(texts[0]) > self._written:
-                self.out.write(printable(texts[0][self._written :], self.out.encoding))
+                self.out.write(printable(texts[0][self._written :], self._encoding))
                 self.out.flush()
                 self._written = len(texts[0])
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from agrpo.data.records import SKIP_HINT, DataError, PromptRow, Records, prompts
 from agrpo.data.sources import load_rows
-from agrpo.evaluation.livecodebench import tests_of
+from agrpo.evaluation.livecodebench import cases_of
 
 Row = Mapping[str, Any]
 _BOXED = "{prompt}\n\nReason step by step, and put the final answer in \\boxed{}."
@@ -61,7 +61,7 @@ def _with_tests(row: Row) -> Row:
         if starter
         else "Write a program that reads standard input and writes standard output, in one ```python block."
     )
-    return {"prompt": f"{row['question_content'].strip()}\n\n{wanted}", "tests": tests_of(row)}
+    return {"prompt": f"{row['question_content'].strip()}\n\n{wanted}", "tests": cases_of(row)}
 
 
 _MATHS = partial(Benchmark, template=_BOXED, max_completion_length=4096)

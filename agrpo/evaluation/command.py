@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from agrpo.config import RewardSpec, RolloutConfig
+from agrpo.config import RewardSpec, RolloutConfig, SamplingConfig
 from agrpo.data.records import PromptRow, Records
 from agrpo.evaluation.benchmarks import BENCHMARKS, Benchmark, find_benchmark, read_benchmark, task_of
 from agrpo.evaluation.runs import stage_directory
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from agrpo.evaluation.measure import Grading
 
 RESUME_LATER = 75
+_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".gz")
 _ACCURACY = "reward_models.rules.accuracy"
 MakeGrading = Callable[[list[RewardSpec], str | None], "Grading"]
 
@@ -126,7 +127,7 @@ def benchmark_of(options: argparse.Namespace) -> Benchmark:
 def rows_of(options: argparse.Namespace, benchmark: Benchmark) -> Records[PromptRow]:
     """The prompts, at most `limit`; the benchmark's own source, or what --data says."""
     source = options.data
-    path = Path(source) if source and ":" not in source and (Path(source).exists() or Path(source).suffix) else None
+    path = Path(source) if source and (Path(source).exists() or Path(source).suffix in _ENDINGS) else None
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit: {options.limit} is not a number of rows")
     own = source is None or source == benchmark.source
@@ -175,7 +176,21 @@ def how_of(options: argparse.Namespace, benchmark: Benchmark) -> dict[str, Any]:
         raise InputError(f"--samples: {options.samples}: there would be nothing to measure")
     if not options.temperature > 0:
         raise InputError(f"--temperature: {options.temperature} is not above 0; --samples 0 measures greedy alone")
-    if options.backend == "vllm" and options.stop:
+    if not 0 <= options.seed < 2**32:
+        raise InputError(f"--seed: {options.seed} is not in [0, 2³²)")
+    try:
+        RolloutConfig(max_sequences=options.max_sequences)
+        sampling = SamplingConfig(
+            max_prompt_length=options.max_prompt_tokens,
+            max_completion_length=options.max_tokens or benchmark.max_completion_length,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            stop=options.stop,
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise InputError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r}") from None
+    if options.backend == "vllm" and sampling.stop:
         raise InputError("--stop: vLLM is given no tokenizer here; use --backend native")
     return dict(
         samples=options.samples,
@@ -184,7 +199,7 @@ def how_of(options: argparse.Namespace, benchmark: Benchmark) -> dict[str, Any]:
         top_p=options.top_p,
         top_k=options.top_k,
         max_prompt_length=options.max_prompt_tokens,
-        max_completion_length=options.max_tokens or benchmark.max_completion_length,
+        max_completion_length=sampling.max_completion_length,
         stop=tuple(options.stop),
         pass_at=options.pass_at,
         seed=options.seed,

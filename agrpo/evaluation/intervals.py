@@ -43,7 +43,7 @@ def wilson_interval(passes: float, n: int, *, level: float = 0.95) -> tuple[floa
     share, spread = passes / n, z * z / n
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * (share * (1 - share) / n + spread / (4 * n)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # rounding, at 0 and 1
 
 
 def share_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:

@@ -15,7 +15,7 @@ _TEXT = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE")
 _AROUND = ("PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP")
 
 
-def tests_of(row: Mapping[str, Any]) -> list[Any]:
+def cases_of(row: Mapping[str, Any]) -> list[Any]:
     """Public and private tests: {input, output} of programs, or assertions about the function of a `Solution`.
 
     Raises:

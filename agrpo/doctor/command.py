@@ -119,9 +119,9 @@ def _show_estimate(found: dict[str, Any], console: Console) -> None:
         table.add_row("beside it, main memory", _size(found["host"]))
     table.add_row("free", _size(found["free"]))
     for name, seconds in found["seconds"].items():
-        table.add_row(f"time of {name}", f"about {_duration(seconds)} a step")
+        table.add_row(f"time of {name}", f"at least {_duration(seconds)} a step")
     if found["run_seconds"]:
-        table.add_row("time of the run", f"about {_duration(found['run_seconds'])}")
+        table.add_row("time of the run", f"at least {_duration(found['run_seconds'])}")
     console.print(table)
     for note in found["notes"]:
         console.print(note)

@@ -2,7 +2,7 @@
 
 Legend as in memory.py. A step's work is matrix products, at the speed of one as wide as the model's; elementwise
 operations, at the speed of memory; and the start of many small operations, which is what a small model's decoding
-costs. The two factors `PASSES` and `OPERATIONS` were fitted to a real run; tests compare other sizes with it.
+costs. The factors below are counts of what the code does, not fitted to runs: a lower bound, and a rough one.
 """
 
 from __future__ import annotations

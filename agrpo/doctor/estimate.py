@@ -265,9 +265,7 @@ def estimate(config: Any, machine: dict[str, Any], speeds: Callable[[torch.dtype
     s = setting(config, found)
     device, host = totals(s)
     free, host_free = _free(machine)
-    notes = [
-        "memory and time are for texts at their longest; time is a lower bound, without rewards and evaluation"
-    ]
+    notes = ["memory and time are for texts at their longest; time is a lower bound, without rewards and evaluation"]
     if not s.flat:
         notes.append(f"plain rows ({why_not_flat(found)}): activations and logits are larger than told here")
     if host > host_free:

@@ -13,7 +13,12 @@ _STAGES = {
     "reward": "stage2_reward/main.py",
     "train": "stage3_agrpo/main.py",
 }
-_TOOLS = {"merge": "agrpo.merge", "push": "agrpo.reporting.hub", "export": "agrpo.export"}
+_TOOLS = {
+    "merge": "agrpo.merge",
+    "push": "agrpo.reporting.hub",
+    "export": "agrpo.export",
+    "smoke": "agrpo.smoke.command",
+}
 _MEASURES = {"eval": "evaluation/evaluate.py", "compare": "evaluation/compare.py"}
 _USAGE = """usage: agrpo COMMAND …
 
@@ -35,6 +40,7 @@ _USAGE = """usage: agrpo COMMAND …
   serve-rollout  sampling for runs elsewhere        --model DIR [--backend native|vllm] [--host H] [--port N]
   doctor       what works on this machine           [--config FILE] [key.path=value …] [--stage STAGE] [--json]
   benchmark    what a step costs here               step|parts|growth [--json FILE] …
+  smoke        a configuration in seconds           --config FILE [key.path=value …] [--out DIR] [--steps N]
   theory       how far training can move a prompt   --beta B --group-size G|inf [--pass-rate Q] [--plot FILE] [--json]
 """
 

@@ -15,8 +15,8 @@ from agrpo.types import InputError
 
 _SCRIPT = "convert_hf_to_gguf.py"
 _HOW = (
-    "git clone https://github.com/ggml-org/llama.cpp, pip install gguf, and set LLAMA_CPP to that folder, or give"
-    f" --converter .../{_SCRIPT}"
+    "git clone https://github.com/ggml-org/llama.cpp, pip install gguf sentencepiece, and set LLAMA_CPP to that folder,"
+    f" or give --converter .../{_SCRIPT}"
 )
 
 

@@ -18,6 +18,7 @@ from agrpo.config.common import (
 )
 from agrpo.config.controllers import LambdaController
 from agrpo.config.environment import count_from_environment, world_size
+from agrpo.config.files import read_config, stage_of
 from agrpo.config.loading import load_config, parse_command_line
 from agrpo.config.methods import METHODS, PREFERENCE_METHODS
 from agrpo.config.objective import AdvantageConfig, GroupLossConfig, PairLossConfig, PreferenceLossConfig, PruningConfig
@@ -56,5 +57,7 @@ __all__ = [
     "count_from_environment",
     "load_config",
     "parse_command_line",
+    "read_config",
+    "stage_of",
     "world_size",
 ]

@@ -69,6 +69,8 @@ class DataConfig(Section):
     revision: str | None = None
     parameters: dict[str, Any] = {}  # of a procedural source
     columns: dict[str, str] = {}  # our name: the data's name
+    chat: bool = False  # prompts that are strings become a user's turn
+    system: NonEmpty | None = None  # what a system turn before them says
     on_bad_row: Literal["error", "skip"] = "error"
 
     @model_validator(mode="after")
@@ -77,6 +79,8 @@ class DataConfig(Section):
             raise ValueError("give exactly one of source (a Hub id or a task) and path (a local file)")
         if self.path is not None and not self.path.exists():
             raise ValueError(f"path: {self.path} does not exist; make it first, or correct the path")
+        if self.system is not None and "system" in self.columns:
+            raise ValueError("system: and columns: {system: …} both give the system turn; keep one of them")
         return self
 
 

@@ -12,22 +12,29 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from agrpo.config import trl
 from agrpo.config.common import RunConfig
-from agrpo.config.methods import METHODS, PREFERENCE_METHODS
+from agrpo.config.files import Note, presets, read_config
 from agrpo.config.rewards import RewardSpec
 from agrpo.config.stages import STAGES, PolicyConfig, PreferencesConfig, SFTConfig
-from agrpo.yaml_input import ConfigError, explain, merge, read_yaml, set_path, to_yaml
+from agrpo.yaml_input import ConfigError, explain, merge, set_path, to_yaml
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def load_config(stage: str, path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Any:
+def load_config(
+    stage: str,
+    path: Path | None = None,
+    overrides: list[str] | tuple[str, ...] = (),
+    note: Note = lambda text: None,
+) -> Any:
     """The resolved configuration of a stage.
 
     Args:
         stage: sft, preferences, reward or agrpo.
         path: a YAML file; None takes the quickstart's.
         overrides: `key.path=value` strings, the value read as YAML; they win over the file.
+        note: is told of each of TRL's keys, and what stands for it.
 
     Raises:
         ConfigError: says file, key and the mend.
@@ -37,9 +44,12 @@ def load_config(stage: str, path: Path | None = None, overrides: list[str] | tup
             "preferences: has no default: give --config FILE, such as configs/smollm2-135m/preferences.yaml"
         )
     path = path or _CONFIGS / "quickstart" / f"{stage}.yaml"
-    values = _with_method(stage, read_yaml(path), overrides)
+    values = _with_method(stage, read_config(path, stage, note), overrides)
+    flat: dict[str, Any] = {}
     for override in overrides:
-        set_path(values, override)
+        is_flat = trl.is_flat(override.partition("=")[0], stage)
+        set_path(flat if is_flat else values, override)
+    values = merge(values, trl.translate(flat, stage, "command line", values, note))
     values = _in_run(values, _run_root(values))
     try:
         config = STAGES[stage].model_validate(values)
@@ -50,12 +60,11 @@ def load_config(stage: str, path: Path | None = None, overrides: list[str] | tup
 
 def _with_method(stage: str, values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The file's values with its method's settings under them; a method of the command line lies over the file."""
-    presets = {"agrpo": METHODS, "reward": PREFERENCE_METHODS}.get(stage, {})
     named = [override for override in overrides if override.startswith("method=")]
     for override in named:
         set_path(values, override)
     method = values.get("method", "agrpo")
-    settings = copy.deepcopy(presets.get(method, {})) if isinstance(method, str) else {}
+    settings = copy.deepcopy(presets(stage).get(method, {})) if isinstance(method, str) else {}
     return merge(values, settings) if named else merge(settings, values)
 
 
@@ -120,7 +129,7 @@ def _with_reward_model(rewards: list[RewardSpec], config: Any) -> list[RewardSpe
     ]
 
 
-def parse_command_line(stage: str, argv: list[str]) -> Any:
+def parse_command_line(stage: str, argv: list[str], note: Note = lambda text: None) -> Any:
     """The configuration from `[--config FILE] [key.path=value …]`. Exits 0 after --print-config, 2 when it is wrong."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # rewards of one's own: torchrun's workers and console scripts do not look there
@@ -130,7 +139,7 @@ def parse_command_line(stage: str, argv: list[str]) -> Any:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        config = load_config(stage, arguments.config, arguments.overrides)
+        config = load_config(stage, arguments.config, arguments.overrides, note)
     except ConfigError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

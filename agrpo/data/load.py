@@ -8,7 +8,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from agrpo.config import DataConfig, world_size
-from agrpo.data.records import DataError, PromptRow, Records, Rows, demonstrations, preference_groups, prompts
+from agrpo.data.records import DataError, PromptRow, Records, Rows, demonstrations, in_turns, preference_groups, prompts
 from agrpo.data.sources import load_rows
 from agrpo.data.tokens import drop_long, encode_completion, encode_prompt
 from agrpo.types import Demonstration, PreferenceGroup, Prompt
@@ -27,7 +27,7 @@ def _read(config: DataConfig, convert: Callable[..., Records[T]], what: str, not
         revision=config.revision,
         on_bad_row=config.on_bad_row,
     )
-    records = convert(rows, config.columns, config.on_bad_row)
+    records = in_turns(convert(rows, config.columns, config.on_bad_row), config.chat, config.system)
     note(f"{what}: {config.source or config.path}, {config.split}: {records.summary()}")
     return records
 

@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Generic, Literal, TypeVar
 
@@ -21,6 +21,7 @@ OnBadRow = Literal["error", "skip"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EXAMPLES = 3  # rows that a note names
 SKIP_HINT = "(or leave such rows out with data.on_bad_row: skip)"
+_SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's words for roles
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the turns of Anthropic's HH transcripts
 
 
@@ -70,7 +71,8 @@ class PromptRow:
 def demonstrations(rows: Rows, columns: Mapping[str, str], on_bad_row: OnBadRow = "error") -> Records[Demonstration]:
     """Rows with `messages`, `prompt` + `completion`, or `text`, looked for in this order.
 
-    Of `messages` the last turn, the assistant's, is the completion; of `text` everything is.
+    Of `messages` the last turn, the assistant's, is the completion; of `text` everything is. A column that is mapped to
+    `system` is the system turn before it.
 
     Raises:
         DataError: a row is unusable and on_bad_row is error, or no row is usable.
@@ -79,10 +81,11 @@ def demonstrations(rows: Rows, columns: Mapping[str, str], on_bad_row: OnBadRow 
 
 
 def prompts(rows: Rows, columns: Mapping[str, str], on_bad_row: OnBadRow = "error") -> Records[PromptRow]:
-    """Rows with `prompt`; all other columns are kept for the rewards. Raises as `demonstrations` does."""
-    return _convert(
-        rows, columns, on_bad_row, lambda row: PromptRow(_prompt(row), row.others("prompt")), lambda p: p.text
-    )
+    """Rows with `prompt`, or `messages`; all other columns are kept for the rewards. Raises as `demonstrations` does.
+
+    Of `messages` the last turn, the assistant's, becomes the column `solution` where there is none.
+    """
+    return _convert(rows, columns, on_bad_row, _prompt_row, lambda p: p.text)
 
 
 def preference_groups(
@@ -95,6 +98,33 @@ def preference_groups(
     `confidence`, or from `votes_chosen` and `votes_rejected`. Raises as `demonstrations` does.
     """
     return _convert(rows, columns, on_bad_row, _preference, lambda g: [g.prompt, g.completions, g.levels])
+
+
+def in_turns(records: Records[T], chat: bool, system: str | None) -> Records[T]:
+    """The records with conversations for prompts: with `chat` a string becomes a user's turn.
+
+    Args:
+        system: what a system turn before it says; a conversation that begins with one keeps its own.
+
+    Raises:
+        DataError: there is no prompt, as of demonstrations of plain text.
+    """
+    if not chat and system is None:
+        return records
+    made = []
+    for record, place in zip(records, records.places, strict=True):
+        name = "text" if isinstance(record, PromptRow) else "prompt"
+        prompt = getattr(record, name)
+        if not prompt:
+            raise DataError(f"{place}: there is no prompt to make a turn of; leave out data.chat and data.system")
+        if chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if system is not None and isinstance(prompt, str):
+            raise DataError(f"{place}: prompt: is a string; data.system needs a conversation: set data.chat: true")
+        if system is not None and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": system}, *prompt]
+        made.append(replace(record, **{name: prompt}))
+    return replace(records, items=tuple(made))
 
 
 def leaked(train: Records[Any], test: Records[Any]) -> tuple[str, ...]:
@@ -223,6 +253,15 @@ class _Row:
             raise self.fault(key, "is empty", "fill it")
         return value
 
+    def after_system(self, turns: Conversation) -> Conversation:
+        """The turns behind what the column mapped to `system` says, where one is."""
+        if "system" not in self.columns:
+            return turns
+        said = self.required("system")
+        if not isinstance(said, str):
+            raise self.fault("system", f"is {_kind(said)} ({_short(said)})", "give a string")
+        return [{"role": "system", "content": said}, *turns] if said.strip() else turns
+
     def completion(self, key: str, value: Any) -> str:
         """What the assistant says: a string, or a conversation of that one turn."""
         text = self.as_text(key, value)
@@ -276,6 +315,9 @@ class _Row:
                 raise self.fault(
                     key, f"message {number} is {_kind(turn)} ({_short(turn)})", "give {role, content} objects"
                 )
+            if "from" in turn and "role" not in turn:
+                said = _SPEAKERS.get(turn["from"], turn["from"])
+                turn = {"role": said, "content": turn.get("value")}
             for name in ("role", "content"):
                 if not isinstance(turn.get(name), str):
                     there = ", ".join(map(str, turn))
@@ -302,7 +344,8 @@ def _demonstration(row: _Row) -> Demonstration:
             problem = f"ends with the turn of the {turns[-1]['role']}"
             raise row.fault("messages", problem, "end it with the assistant's turn, which is the completion")
         completion = row.completion("messages", turns[-1:])
-        return Demonstration(_as_prompt(row, "messages", turns[:-1]), completion, row.others("messages"))
+        prompt = _as_prompt(row, "messages", turns[:-1])
+        return Demonstration(prompt, completion, row.others("messages"))
     if "text" in row.values and not row.has("completion"):
         return Demonstration("", row.completion("text", row.required("text")), row.others("text"))
     if not row.has("completion") and not row.has("prompt"):
@@ -318,20 +361,27 @@ def _demonstration(row: _Row) -> Demonstration:
     return Demonstration(prompt, completion, row.others("prompt", "completion"))
 
 
+def _prompt_row(row: _Row) -> PromptRow:
+    if row.has("prompt") or not row.has("messages"):
+        return PromptRow(_prompt(row), row.others("prompt"))
+    shown = _demonstration(row)
+    return PromptRow(shown.prompt, {"solution": shown.completion, **shown.columns})
+
+
 def _prompt(row: _Row) -> Text:
     return _as_prompt(row, "prompt", row.text("prompt"))
 
 
 def _as_prompt(row: _Row, key: str, text: Text) -> Text:
     if isinstance(text, str):
-        return text
+        return row.after_system([{"role": "user", "content": text}]) if "system" in row.columns else text
     if not text:
         raise row.fault(key, "has no turn before the assistant's", "begin with the user's turn")
     if text[-1]["role"] == "assistant":
         raise row.fault(key, "has a prompt that ends with the assistant's turn", "end the prompt with the user's turn")
     if not text[-1]["content"].strip():
         raise row.fault(key, f"has an empty {text[-1]['role']} turn at the prompt's end", "fill it")
-    return text
+    return row.after_system(text)
 
 
 def _preference(row: _Row) -> PreferenceGroup:
@@ -346,6 +396,7 @@ def _preference(row: _Row) -> PreferenceGroup:
     if isinstance(chosen, str):
         if prompt is None and chosen != rejected:
             prompt, chosen, rejected = _shared_text(row, chosen, rejected)
+            prompt = _as_prompt(row, "prompt", prompt)
     else:
         prompt, chosen, rejected = _shared_turns(row, prompt, chosen, rejected)
     if chosen == rejected:

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from agrpo.config import STAGES, RunConfig, load_config
+from agrpo.config import STAGES, RunConfig, load_config, stage_of
 from agrpo.types import InputError
-from agrpo.yaml_input import ConfigError, read_yaml
+from agrpo.yaml_input import ConfigError
 
 
 def main(arguments: list[str]) -> int:
@@ -56,20 +56,6 @@ def examine(path: Path | None, stage: str | None, overrides: list[str], deadline
     return {"machine": machine, "backends": check_backends(config, architecture(config), deadline), "estimate": told}
 
 
-def stage_of(path: Path) -> str:
-    """The stage of a configuration: the file's name if it is one, else by the sections that it has."""
-    if path.stem in STAGES:
-        return path.stem
-    keys = read_yaml(path).keys()
-    if "rewards" in keys:
-        return "agrpo" if "training" in keys else "preferences"
-    only = {name: STAGES[name].model_fields.keys() for name in ("sft", "reward")}
-    fitting = [name for name, fields in only.items() if keys <= fields]
-    if len(fitting) == 1:
-        return fitting[0]
-    raise ConfigError(f"{path}: whose configuration is it? Say --stage {'|'.join(STAGES)}")
-
-
 def show(report: dict[str, Any], console: Console) -> None:
     """For a person: what works, what is off, why, what to do."""
     console.print(_machine(report["machine"]))
@@ -80,6 +66,13 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 def _size(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} seconds"
 
 
 def _machine(machine: dict[str, Any]) -> Table:
@@ -126,7 +119,9 @@ def _show_estimate(found: dict[str, Any], console: Console) -> None:
         table.add_row("beside it, main memory", _size(found["host"]))
     table.add_row("free", _size(found["free"]))
     for name, seconds in found["seconds"].items():
-        table.add_row(f"time of {name}", f"{seconds:.2g} s a step at full speed")
+        table.add_row(f"time of {name}", f"at least {_duration(seconds)} a step")
+    if found["run_seconds"]:
+        table.add_row("time of the run", f"at least {_duration(found['run_seconds'])}")
     console.print(table)
     for note in found["notes"]:
         console.print(note)

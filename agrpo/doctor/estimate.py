@@ -6,15 +6,19 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from agrpo.config import PolicyConfig, PreferencesConfig, RewardConfig, world_size
-from agrpo.doctor import memory
+from agrpo.doctor import memory, timing
+from agrpo.doctor.machine import capacity
 from agrpo.doctor.memory import Batch, Shape
+from agrpo.doctor.timing import Speeds
 from agrpo.engine.attention import why_not_flat
+from agrpo.known_models import ARCHITECTURES
 from agrpo.models import ModelError, gguf_file, make_trainable
 
 _CHARACTERS = 128  # a character tokenizer's vocabulary before it has seen the data
@@ -38,12 +42,16 @@ class Setting:
     world: int
     flat: bool
     cuda: bool
+    quantized: bool = False  # the frozen weights, to 4 bits
     layerwise: bool = False  # ZeRO-3 samples from its shards
 
 
 def architecture(config: Any) -> PreTrainedConfig:
-    """The model's configuration, without its weights."""
+    """The model's configuration, without its weights; the Hub is not asked about models that are known."""
     model = config.model
+    if model.name_or_path in ARCHITECTURES and not Path(model.name_or_path).exists():
+        known = dict(ARCHITECTURES[model.name_or_path])
+        return AutoConfig.for_model(known.pop("model_type"), **known)
     if model.config is not None:
         values = dict(model.config)
         found = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -78,6 +86,7 @@ def shape_of(config: Any, found: PreTrainedConfig) -> Shape:
         intermediate=getattr(found, "intermediate_size", None) or 4 * found.hidden_size,
         layers=found.num_hidden_layers,
         vocabulary=found.vocab_size,
+        tied=bool(found.tie_word_embeddings),
     )
 
 
@@ -85,7 +94,8 @@ def setting(config: Any, found: PreTrainedConfig) -> Setting:
     """Of any stage's configuration; every text at its longest."""
     world, shape = world_size(), shape_of(config, found)
     flat = why_not_flat(found) is None
-    common = {"shape": shape, "world": world, "flat": flat, "cuda": torch.cuda.is_available()}
+    quantized = config.model.quantization != "none"
+    common = {"quantized": quantized, "shape": shape, "world": world, "flat": flat, "cuda": torch.cuda.is_available()}
     if isinstance(config, PreferencesConfig):
         s = config.sampling
         nothing = Batch(0, s.num_generations, s.max_prompt_length, s.max_completion_length)
@@ -129,7 +139,8 @@ def setting(config: Any, found: PreTrainedConfig) -> Setting:
 def parts(s: Setting) -> dict[str, int]:
     """Bytes of one rank by what they are for."""
     p, t, b = s.shape.parameters, s.shape.trainable, s.bytes
-    found = {"weights": memory.weights(p, b, s.zero, s.world)}
+    own = memory.quantized_weights(s.shape, b) if s.quantized else memory.weights(p, b, s.zero, s.world)
+    found = {"weights": own}
     if s.trains:
         found |= {
             "float32 master weights": memory.master(t, s.zero, s.world),
@@ -187,40 +198,78 @@ def savings(s: Setting) -> Iterator[tuple[str, int]]:
     yield from sorted((one for one in saved if one[1] > 0.01 * now), key=lambda one: -one[1])
 
 
-def seconds_at_full_speed(s: Setting, config: Any, speeds: tuple[float, float]) -> dict[str, float]:
-    """Seconds of a step's longest texts if all of it ran as fast as one matrix product, or as memory is read."""
-    flops, read = speeds
+def seconds_of_a_step(s: Setting, config: Any, speeds: Speeds) -> dict[str, float]:
+    """What a step's sampling and its update take, for texts at their longest."""
     found = {}
-    if s.completion and isinstance(config, PolicyConfig):
+    policy = isinstance(config, PolicyConfig)
+    if s.completion and policy:
         own = math.ceil(config.prompts_per_rollout / s.world) * s.batch.samples
-        rounds = math.ceil(own / max(1, s.rows))
-        found["sampling"] = rounds * memory.decoding_seconds(s.shape, s.rows, s.completion, s.bytes, flops, read)
-    if s.trains:
-        policy = isinstance(config, PolicyConfig)
-        prompts = config.prompts_per_rollout if policy else config.training.batch_size
-        per_prompt = s.batch.prompt + s.batch.samples * s.batch.completion
-        tokens = math.ceil(prompts / s.world) * per_prompt
-        updates = config.objective.updates_per_rollout if policy else 1
-        work = memory.training_flops(s.shape, tokens, s.checkpointing, s.reference, updates)
-        found["update"] = work / flops
+        rows = min(own, max(1, s.rows))
+        found["sampling"] = (own / rows) * timing.sampling_seconds(
+            s.shape, rows, rows / s.batch.samples, s.prompt, config.sampling.max_completion_length, s.bytes, speeds
+        )
+    if not s.trains:
+        return found
+    prompts = math.ceil((config.prompts_per_rollout if policy else config.training.batch_size) / s.world)
+    batches = math.ceil(prompts / s.batch.groups)
+    batch = Batch(**{**asdict(s.batch), "groups": prompts / batches})
+    kept = memory.activations(s.shape, batch, s.bytes, False)
+    one = timing.update_seconds(s.shape, batch, kept, s.checkpointing, speeds)
+    learned = s.shape.trainable / (s.world if s.zero else 1)
+    updates = config.objective.updates_per_rollout if policy else 1
+    found["update"] = updates * (batches * one + timing.optimiser_seconds(learned, speeds))
+    if policy and config.needs_reference:
+        found["update"] += batches * timing.forward_seconds(s.shape, batch, kept, speeds)
     return found
 
 
-def estimate(config: Any, machine: dict[str, Any], speeds: Callable[[torch.dtype], tuple[float, float]]) -> dict:
-    """JSON values: parts, totals, what is free, whether it fits, what helps, and time."""
+def times(s: Setting, config: Any, speeds: Callable[[torch.dtype, int, int], Speeds]) -> dict[str, Any]:
+    """`seconds` of a step, by what they are for, and of the whole `run`."""
+    own = speeds(torch.bfloat16 if s.bytes == 2 else torch.float32, s.shape.hidden, s.shape.intermediate)
+    found = seconds_of_a_step(s, config, own)
+    return {"seconds": found, "run_seconds": sum(found.values()) * config.training.max_steps if s.trains else None}
+
+
+def _free(machine: dict[str, Any]) -> tuple[int, float]:
+    """(of the device, of main memory beside it) free bytes for each process; on a CPU the second is no limit."""
+    own = machine["memory"]["free"] // int(os.environ.get("NPROC") or 1)
+    gpus = machine["devices"]
+    return (min(device["free"] for device in gpus), own) if gpus else (own, math.inf)
+
+
+def warnings(config: Any) -> list[str]:
+    """For a stage's log before it loads anything: that its configuration does not fit, and what would help most."""
+    try:
+        s = setting(config, architecture(config))
+    except ModelError:
+        return []  # the stage itself is about to say so
+    (device, host), (free, host_free) = totals(s), _free(capacity())
+    if device <= free and host <= host_free:
+        return []
+    lacks, of = (device, free) if device > free else (host, int(host_free))
+    helps = [name for name, saved in savings(s) if device - saved <= free] or [name for name, _ in savings(s)]
+    mend = f"; what would help: {', '.join(helps[:3])}" if helps else ""
+    return [
+        f"WARNING: this may not fit: about {lacks / 2**30:.1f} GiB for each process at the longest texts,"
+        f" and {of / 2**30:.1f} GiB are free{mend} (agrpo doctor --config)"
+    ]
+
+
+def estimate(config: Any, machine: dict[str, Any], speeds: Callable[[torch.dtype, int, int], Speeds]) -> dict:
+    """JSON values: parts, totals, what is free, whether it fits, what helps, and time.
+
+    Args:
+        speeds: measures this machine for a dtype, hidden and intermediate size.
+    """
     found = architecture(config)
     s = setting(config, found)
     device, host = totals(s)
-    here = int(os.environ.get("NPROC") or 1)
-    gpus = machine["devices"]
-    free = min(d["free"] for d in gpus) if gpus else machine["memory"]["free"] // here
-    notes = [
-        "all for texts at their longest; time as if a step ran as fast as one matrix product: real ones take longer"
-    ]
+    free, host_free = _free(machine)
+    notes = ["memory and time are for texts at their longest; time is a lower bound, without rewards and evaluation"]
     if not s.flat:
         notes.append(f"plain rows ({why_not_flat(found)}): activations and logits are larger than told here")
-    if gpus and host * here > machine["memory"]["free"]:
-        notes.append(f"the offloaded state needs {host * here} bytes of main memory, more than is free")
+    if host > host_free:
+        notes.append(f"the offloaded state needs {host} bytes of main memory for each process, more than is free")
     helps = [{"setting": name, "saves": size, "enough": device - size <= free} for name, size in savings(s)]
     return {
         "model": {"family": found.model_type, **asdict(s.shape)},
@@ -229,8 +278,8 @@ def estimate(config: Any, machine: dict[str, Any], speeds: Callable[[torch.dtype
         "total": device,
         "host": host,
         "free": free,
-        "fits": device <= free and not (gpus and host * here > machine["memory"]["free"]),
+        "fits": device <= free and host <= host_free,
         "helps": helps,
-        "seconds": seconds_at_full_speed(s, config, speeds(torch.bfloat16 if s.bytes == 2 else torch.float32)),
+        **times(s, config, speeds),
         "notes": notes,
     }

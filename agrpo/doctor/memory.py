@@ -1,4 +1,4 @@
-"""What a run needs, in closed form: bytes of one rank, and operations of a step.
+"""What a run needs, in closed form: bytes of one rank.
 
 Legend: P parameters of the model, T of them learn, W ranks, b bytes of a number of the computation (4 or 2); H hidden
 size, Q query and K key width (heads × head size), F intermediate size, L layers, V vocabulary; S tokens of a
@@ -27,6 +27,12 @@ class Shape:
     intermediate: int
     layers: int
     vocabulary: int
+    tied: bool = True
+
+    @property
+    def of_layers(self) -> int:
+        """Parameters without the embeddings and the head."""
+        return max(0, self.parameters - self.vocabulary * self.hidden * (1 if self.tied else 2))
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class Batch:
 def weights(p: int, b: int, zero: int, world: int) -> int:
     """b·P. ZeRO-3 leaves each rank its 1/W, and gathers up to 10⁹ that it is about to need."""
     return b * p // world + b * min(p, LIVE) if zero == 3 else b * p
+
+
+def quantized_weights(shape: Shape, b: int) -> int:
+    """NF4 in blocks of 64: half a byte a weight of the layers and a float32 scale a block; embeddings keep b bytes."""
+    return shape.of_layers * 9 // 16 + b * (shape.parameters - shape.of_layers)
 
 
 def master(t: int, zero: int, world: int) -> int:
@@ -107,14 +118,3 @@ def logits(shape: Shape, batch: Batch, b: int, cuda: bool = False) -> int:
 def kv_cache(shape: Shape, rows: int, prompt: int, completion: int, b: int) -> int:
     """2·L·K numbers for each of rows × (p + c) places: the native backend's static cache, prompts at full length."""
     return 2 * b * shape.layers * shape.key * rows * (prompt + completion)
-
-
-def training_flops(shape: Shape, tokens: int, checkpointing: bool, reference: bool, updates: int) -> float:
-    """2·P a token forward, 4·P backward (2·P if most is frozen); a forward more if checkpointed or for a reference."""
-    backward = 4 if shape.trainable > shape.parameters / 2 else 2
-    return 2.0 * shape.parameters * tokens * (updates * (1 + backward / 2 + checkpointing) + reference)
-
-
-def decoding_seconds(shape: Shape, rows: int, length: int, b: int, flops_per_s: float, bytes_per_s: float) -> float:
-    """A decoding step reads all weights once and does 2·P operations a row; whichever takes longer, `length` times."""
-    return length * max(b * shape.parameters / bytes_per_s, 2.0 * shape.parameters * rows / flops_per_s)

@@ -10,6 +10,7 @@ from agrpo.data.records import (
     DataError,
     Records,
     demonstrations,
+    in_turns,
     leak_notes,
     leaked,
     preference_groups,
@@ -216,8 +217,8 @@ BAD = [
     (demonstrations, {"messages": ["Hi"]}, "messages: message 1 is a string ('Hi'); give {role, content} objects"),
     (
         demonstrations,
-        {"messages": [{"from": "human", "value": "Hi"}]},
-        "messages: message 1 has no role that is a string; it has from, value; write it as {role: one of",
+        {"messages": [{"speaker": "human", "value": "Hi"}]},
+        "messages: message 1 has no role that is a string; it has speaker, value; write it as {role: one of",
     ),
     (
         demonstrations,
@@ -411,3 +412,55 @@ def test_ds_chats_local_json_is_read_as_it_is(tmp_path):
     path.write_text(json.dumps([{"prompt": "Human: Hi Assistant:", "chosen": " Hello", "rejected": " Go away"}]))
     (group,) = preference_groups(load_rows(path=path), {})
     assert (group.prompt, group.completions) == ("Human: Hi Assistant:", (" Hello", " Go away"))
+
+
+def test_turns_in_sharegpts_words_are_turns():
+    row = {
+        "system": "Be brief.",
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+    }
+    (plain,) = demonstrations(rows(row), {"messages": "conversations"})
+    assert (plain.prompt, plain.completion, plain.columns) == ([user("Hi")], "Hello", {"system": "Be brief."})
+    (after,) = demonstrations(rows(row), {"messages": "conversations", "system": "system"})
+    assert after.prompt == [SYSTEM, user("Hi")]
+    with pytest.raises(DataError, match="message 1 has the role 'bot'"):
+        demonstrations(rows({"messages": [{"from": "bot", "value": "Hi"}]}), {})
+
+
+def test_a_finished_conversation_is_a_prompt_and_its_solution():
+    row = {"messages": [user("2+2?"), assistant("So \\boxed{4}")], "id": 3}
+    (prompt,) = prompts(rows(row), {})
+    assert (prompt.text, prompt.columns) == ([user("2+2?")], {"solution": "So \\boxed{4}", "id": 3})
+    (own,) = prompts(rows({**row, "solution": "4"}), {})
+    assert own.columns["solution"] == "4"
+    (asked,) = prompts(rows({**row, "prompt": "2+3?"}), {})
+    assert asked.text == "2+3?" and "solution" not in asked.columns
+
+
+def test_a_mapped_system_column_stands_before_every_kind_of_prompt():
+    said = {"said": "Be brief."}
+    columns = {"system": "said"}
+    assert prompts(rows({"prompt": "Hi", **said}), columns)[0].text == [SYSTEM, user("Hi")]
+    assert prompts(rows({"prompt": [user("Hi")], **said}), columns)[0].text == [SYSTEM, user("Hi")]
+    assert prompts(rows({"prompt": [user("Hi")], "said": " "}), columns)[0].text == [user("Hi")]
+    group = preference_groups(rows({"chosen": "Hi Ann", "rejected": "Hi Bob", **said}), columns)[0]
+    assert (group.prompt, group.completions) == ([SYSTEM, user("Hi")], (" Ann", " Bob"))
+    with pytest.raises(DataError, match="said: is a number"):
+        prompts(rows({"prompt": "Hi", "said": 1}), columns)
+
+
+def test_prompts_become_conversations_where_asked():
+    def made(*values, **how):
+        return in_turns(prompts(Records(rows(*values).items), {}), **how)
+
+    assert made({"prompt": "Hi"}, chat=False, system=None)[0].text == "Hi"
+    assert made({"prompt": "Hi"}, chat=True, system=None)[0].text == [user("Hi")]
+    assert made({"prompt": "Hi"}, chat=True, system="Be brief.")[0].text == [SYSTEM, user("Hi")]
+    own = [{"role": "system", "content": "Be long."}, user("Hi")]
+    assert made({"prompt": own}, chat=False, system="Be brief.")[0].text == own
+    with pytest.raises(DataError, match=r"data.jsonl:1: prompt: is a string.*set data.chat: true"):
+        made({"prompt": "Hi"}, chat=False, system="Be brief.")
+    with pytest.raises(DataError, match="no prompt to make a turn of"):
+        in_turns(demonstrations(rows({"text": "Hi"}), {}), chat=True, system=None)
+    (shown,) = in_turns(demonstrations(rows({"prompt": "Hi", "completion": "Hello"}), {}), chat=True, system=None)
+    assert (shown.prompt, shown.completion) == ([user("Hi")], "Hello")

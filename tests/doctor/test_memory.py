@@ -1,5 +1,6 @@
 """The formulas against what a real model, cache, optimiser and process hold."""
 
+import math
 import subprocess
 import sys
 
@@ -10,9 +11,10 @@ from tiny import SIZES, engine_of, ragged
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from agrpo.config import LoraConfig, ModelConfig, load_config
-from agrpo.doctor import memory
-from agrpo.doctor.estimate import architecture, estimate, parts, setting, shape_of, totals
+from agrpo.doctor import memory, timing
+from agrpo.doctor.estimate import architecture, estimate, parts, setting, shape_of, totals, warnings
 from agrpo.doctor.memory import Batch, Shape
+from agrpo.doctor.timing import Speeds
 from agrpo.engine.backends.native import _FlatCache
 from agrpo.engine.fused import fuse_layers
 from agrpo.engine.layout import build_layout
@@ -122,7 +124,7 @@ def machine(free):
 
 
 def told(config, free=2**40):
-    return estimate(config, machine(free), lambda dtype: (1e9, 1e9))
+    return estimate(config, machine(free), lambda *width: Speeds(flops=1e9, bandwidth=1e9, operation=1e-6))
 
 
 def test_what_does_not_fit_is_said_with_what_helps_most(tmp_path):
@@ -157,3 +159,62 @@ def test_an_update_and_the_sampling_are_not_held_at_once(tmp_path):
     found = parts(s)
     assert totals(s)[0] < sum(found.values())
     assert totals(s)[0] >= found["weights"] + found["reference"] + found["key-value cache"]
+
+
+PUBLISHED = {  # parameters, as the models' pages count them
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_models_have_the_published_number_of_parameters(name):
+    path = ROOT / "configs/qwen2.5-1.5b-gsm8k/agrpo.yaml"
+    config = load_config("agrpo", path, [f"model.name_or_path={name}"])
+    assert shape_of(config, architecture(config)).parameters == PUBLISHED[name]
+
+
+def test_a_stage_that_cannot_fit_says_so(tmp_path, monkeypatch):
+    config = policy_config(tmp_path)
+    assert warnings(config) == []
+    monkeypatch.setattr("agrpo.doctor.estimate.capacity", lambda: machine(1 << 20))
+    (said,) = warnings(config)
+    assert "may not fit" in said and "0.0 GiB are free" in said and "activation_checkpointing" in said
+    gpu = {"name": "small", "total": 1 << 20, "free": 1 << 20}
+    monkeypatch.setattr("agrpo.doctor.estimate.capacity", lambda: {**machine(2**40), "devices": [gpu]})
+    assert len(warnings(config)) == 1
+    nowhere = config.model_copy(update={"model": ModelConfig(name_or_path=str(tmp_path / "gone"))})
+    assert warnings(nowhere) == []  # loading it says what is wrong
+
+
+def test_time_follows_the_work():
+    """Closed forms that any estimate must keep: twice the work or half the speed takes twice as long."""
+    shape = Shape(10_000_000, 10_000_000, 256, 256, 128, 1024, 4, 1000)
+    fast = Speeds(flops=1e10, bandwidth=1e9, operation=0.0)
+    slow = Speeds(flops=5e9, bandwidth=5e8, operation=0.0)
+    batch = Batch(2, 4, 20, 30)
+    kept = memory.activations(shape, batch, 4, False)
+    one = timing.update_seconds(shape, batch, kept, False, fast)
+    assert timing.update_seconds(shape, batch, kept, False, slow) == pytest.approx(2 * one)
+    more = Batch(4, 4, 20, 30)
+    assert timing.update_seconds(shape, more, memory.activations(shape, more, 4, False), False, fast) == pytest.approx(
+        2 * one
+    )
+    assert timing.update_seconds(shape, batch, kept, True, fast) > one
+    products = Speeds(flops=1e10, bandwidth=math.inf, operation=0.0)
+    forward = timing.forward_seconds(shape, batch, kept, products)
+    weights = 2 * (10_000_000 - 256_000) * batch.tokens + 2 * 256_000 * batch.completion_tokens
+    assert forward > weights / 1e10 and forward == pytest.approx(weights / 1e10, rel=0.1)  # the rest is attention
+    reading = Speeds(flops=math.inf, bandwidth=1e9, operation=0.0)
+    token = timing.sampling_seconds(shape, 1, 1, 10, 50, 4, reading) / 50
+    assert token == pytest.approx(4 * 10_000_000 / 1e9, rel=0.02)  # one row reads all weights for each token
+
+
+def test_a_run_is_its_steps(tmp_path):
+    config = policy_config(tmp_path, "training.max_steps=7")
+    found = told(config)
+    assert set(found["seconds"]) == {"sampling", "update"} and min(found["seconds"].values()) > 0
+    assert found["run_seconds"] == pytest.approx(7 * sum(found["seconds"].values()))

@@ -21,8 +21,7 @@ from agrpo.models import ModelError, make_trainable, merged_weights, quantise, s
 from agrpo.types import InputError, Prompt
 
 HAS_ASYNC_IO = AsyncIOBuilder().is_compatible(verbose=False)
-# Built at first use, which takes minutes:
-# python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().load()'
+# Built at first use, which takes minutes: deepspeed.ops.op_builder.AsyncIOBuilder().load()
 IS_BUILT = any(Path(get_default_build_root()).rglob("async_io.so"))
 HAS_FLOAT16 = get_accelerator().is_fp16_supported()
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None

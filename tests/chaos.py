@@ -36,7 +36,7 @@ from agrpo.engine.backends.native import NativeBackend
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.training import session
 
-CLOCKS = re.compile(r"^(time|throughput)/|^time_s$")
+CLOCKS = re.compile(r"^(time|throughput|memory)/|^time_s$")
 STEPS = 12
 BARE = ["evaluation.data=null", "evaluation.test=null", "logging.samples_per_step=99", "logging.console=false"]
 BARE += [f"training.max_steps={STEPS}", "checkpoint.every=12", "checkpoint.keep=9", "training.learning_rate=1e-3"]

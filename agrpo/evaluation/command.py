@@ -75,7 +75,7 @@ def add_grading(options: argparse.ArgumentParser) -> None:
 
 def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     """Run a command: 2 and one message for bad input, 75 where a signal ended it and the same command goes on."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return main(arguments) or 0
     except InputError as error:
@@ -85,6 +85,8 @@ def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> 
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept; run the same command again to go on", file=sys.stderr)
         return RESUME_LATER
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(number: int, frame: object) -> None:

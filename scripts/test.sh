@@ -10,9 +10,10 @@ case "$(nvidia-smi -L 2>/dev/null || true)" in
     *) export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" ;;
 esac
 export HF_HUB_OFFLINE=1 # no test may need the network
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 .venv/bin/python -m ruff check --quiet
 .venv/bin/python -m ruff format --check --quiet
 .venv/bin/python -m mypy --no-error-summary
-exec .venv/bin/python -m pytest "$@"
+# A file stays with one of the two workers, so that what its tests share is made once.
+exec .venv/bin/python -m pytest --numprocesses="${TEST_WORKERS:-2}" --dist=loadfile "$@"

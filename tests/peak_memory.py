@@ -30,7 +30,9 @@ def steps(engine, layout):
 
 
 zero, checkpointing = int(sys.argv[1]), sys.argv[2] == "1"
-steps(engine_of(FAMILIES["llama-untied"](), zero), build_layout(*ragged(1)))  # libraries take what they take
+steps(
+    engine_of(FAMILIES["llama-untied"](), zero, checkpointing=checkpointing), build_layout(*ragged(1))
+)  # libraries take what they take
 before = status("VmRSS")
 sizes = dict(SIZES, hidden_size=H, intermediate_size=F, num_hidden_layers=L, vocab_size=V, max_position_embeddings=512)
 lm = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
@@ -75,10 +76,11 @@ def test_ratios_are_the_peers_over_ours():
 
 
 def test_a_phase_inside_another_counts_once():
-    clock = Clock()
+    clock, began = Clock(), perf_counter()
     with clock.phase("outer"), clock.phase("inner"):
         sum(range(200_000))
-    assert clock.wall["outer"] < clock.wall["inner"]
+    elapsed = perf_counter() - began
+    assert clock.wall["inner"] > 0 and clock.wall["outer"] + clock.wall["inner"] <= elapsed
 
 
 def test_operations_are_those_of_the_matrix_products():

@@ -124,6 +124,7 @@ FLAT = {
 
 
 def test_trls_keys_become_sections(write, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("NPROC", "2")
     told = []
     config = load_config("agrpo", write("agrpo.yaml", **FLAT, advantage={"kappa": 3.0}), note=told.append)

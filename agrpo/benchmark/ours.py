@@ -121,7 +121,7 @@ def run(work: Work) -> None:
         experience = make_experience(engine, rollout, scores, rewards, config, work.beta)
         kept = prune(experience, config.pruning)
         metrics |= update_policy(engine, kept, controllers.coefficients(), config, work.learning_rate)
-        metrics |= rollout_metrics(experience, rewards, 1.0)
+        metrics |= rollout_metrics(experience, rewards)
         if profile is not None:
             profile.__exit__(None, None, None)
             print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40), file=sys.stderr)

@@ -73,9 +73,10 @@ class HybridEngine:
         self.zero_stage, self._clipping = engine.zero_stage, training.gradient_clipping
         policy = module if isinstance(module, Policy) else module.policy
         rollout = rollout or RolloutConfig()
-        kernels = rollout.backend == "deepspeed"  # which takes the layers' place, and knows them as they are
-        policy.fast = engine.fast
-        if engine.fast and policy.fallback_reason is None and not kernels:
+        kernels = rollout.backend == "deepspeed"
+        against = why_not_sound(policy.lm, engine.zero_stage, zero.kernel_layers()) if kernels else []
+        policy.fast = engine.fast and (not kernels or bool(against))  # kernels know the layers as transformers has them
+        if policy.fast and policy.fallback_reason is None:
             fuse_layers(policy.lm)
         if engine.activation_checkpointing:
             causal_lm(policy.lm).gradient_checkpointing_enable({"use_reentrant": False})
@@ -100,7 +101,6 @@ class HybridEngine:
             zero.reads_outside_its_module(policy, policy.head)
             if isinstance(module, Scorer):
                 zero.reads_outside_its_module(module, policy.head)
-        against = why_not_sound(policy.lm, engine.zero_stage, zero.kernel_layers()) if kernels else []
         kernel_tokens = None
         if kernels and not against:
             kernel_tokens = max(SELF_TEST_TOKENS, longest or causal_lm(policy.lm).config.max_position_embeddings)

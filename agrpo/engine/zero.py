@@ -109,7 +109,8 @@ def _optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optim
 
 def _config(module: nn.Module, engine: EngineConfig, training: TrainingConfig, dtype: str) -> dict[str, Any]:
     # A bucket is a buffer of its full size on a GPU: more than the gradients there are would be wasted.
-    bucket = min(BUCKET, max(1, sum(p.numel() for p in module.parameters() if p.requires_grad)))
+    bucket = min(BUCKET, sum(p.numel() for p in module.parameters() if p.requires_grad))
+    bucket += bucket % 2  # DeepSpeed's alignment
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
         "reduce_bucket_size": bucket,

@@ -107,7 +107,8 @@ def test_parameters_are_counted_without_weights(how, tmp_path):
 @pytest.mark.parametrize(("zero", "checkpointing"), [(0, 0), (0, 1), (2, 0), (3, 0)])
 def test_the_total_is_within_30_percent_of_a_real_runs_peak(zero, checkpointing):
     command = [sys.executable, str(ROOT / "tests" / "peak_memory.py"), str(zero), str(checkpointing)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    env = {**environment(), "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back: what is held, not fragments
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     measured, told = map(int, done.stdout.split()[-2:])
     assert told == pytest.approx(measured, rel=0.3)

@@ -19,6 +19,7 @@ _USAGE = """usage: agrpo COMMAND …
                or from published data               --convert gsm8k|hh IN OUT [--held-out SHARE] [--json]
   reward       stage 2: a reward model              the same
   train        stage 3: policy optimisation         the same
+  ablate       a grid of settings, seeds, methods   GRID [key.path=value …] [--jobs N] [--plan] [--json]
   summary      what a run measured                  DIR [--json]
   plot         a run's curves                       DIR [--out PNG]
   serve-reward rewards for runs elsewhere           --config FILE [--host H] [--port N]
@@ -38,6 +39,10 @@ def main() -> int:
         from agrpo.launch import main as launch
 
         return launch([str(_ROOT / "stages" / _STAGES[command]), *arguments])
+    if command == "ablate":
+        from agrpo.ablation.command import main as ablate
+
+        return ablate(arguments)
     if command == "summary":
         from agrpo.reporting.summary import main as summary
 

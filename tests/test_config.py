@@ -51,6 +51,10 @@ WRONG = {
         *("agrpo", [MODEL, "run.name=never-ran", "rewards=[{target: reward_models.learned}]"], 1),
         ["rewards: learned: runs/never-ran/reward/model does not exist", "bash stages/stage2_reward/run.sh"],
     ),
+    "dual clip without a clip": (
+        *("agrpo", [MODEL, "objective.clip=false", "objective.dual_clip=3"], 1),
+        ["agrpo.yaml: objective", "dual_clip", "leave out one of them"],
+    ),
     "no such file": ("sft", ["--config", "configs/quickstart/sfd.yaml"], 1, ["no such file", "quickstart/sft.yaml?"]),
     "no such data": (
         *("sft", ["data.source=null", "data.path=data/nothing.jsonl"], 1),

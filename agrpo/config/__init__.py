@@ -18,7 +18,7 @@ from agrpo.config.common import (
 )
 from agrpo.config.controllers import LambdaController
 from agrpo.config.environment import count_from_environment, world_size
-from agrpo.config.loading import load_config, parse_command_line
+from agrpo.config.loading import load_config, parse_command_line, resolve
 from agrpo.config.methods import METHODS, PREFERENCE_METHODS
 from agrpo.config.objective import AdvantageConfig, GroupLossConfig, PairLossConfig, PreferenceLossConfig, PruningConfig
 from agrpo.config.rewards import RewardSpec
@@ -55,5 +55,6 @@ __all__ = [
     "count_from_environment",
     "load_config",
     "parse_command_line",
+    "resolve",
     "world_size",
 ]

@@ -44,9 +44,10 @@ def write_results(plan: Plan, failures: Sequence[Failure] = ()) -> str | None:
 def _draw(found: Comparison, root: Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         return []
-    from agrpo.ablation.figures import draw_bars, draw_radars
+    from agrpo.ablation.figures import draw_bars, draw_dynamics, draw_radars
 
-    return [draw_bars(found, root / "bars.png"), draw_radars(found, root / "radar.png")]
+    drawn = {"bars": draw_bars, "radar": draw_radars, "dynamics": draw_dynamics}
+    return [draw(found, root / f"{name}.png") for name, draw in drawn.items()]
 
 
 def _places(root: Path, names: list[str], pictures: list[Path]) -> str:

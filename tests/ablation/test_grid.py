@@ -227,7 +227,7 @@ def test_results_are_written_and_cells_that_are_missing_are_said(tmp_path, capsy
     assert len(numbers["cells"]) == 17 and numbers["versions"] == ["agrpo, made up"]
     assert numbers["claims"][0]["verdict"] in ("confirmed", "refuted", "undecided")
     pytest.importorskip("matplotlib")
-    for name in ("bars.png", "radar.png"):
+    for name in ("bars.png", "radar.png", "dynamics.png"):
         assert (root / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

@@ -27,7 +27,7 @@ def _from_the_root(monkeypatch):
 def test_the_seeds_grid_says_what_its_rows_mean():
     found = planned(SEED)
     assert len(found.cells) == 12 * 2 * 3
-    assert len(found.jobs) == 11 * 2 * 3  # G = 8 is the quickstart's own
+    assert len(found.jobs) == 11 * 2 * 3  # G = 8 is the full row's own
     assert found.same_as(found.cell("g8", "agrpo", 1)) == "full"
     full = {method: found.cell("full", method, 0).job.config for method in ("grpo", "agrpo")}
     for config in full.values():
@@ -46,7 +46,7 @@ def test_the_seeds_grid_says_what_its_rows_mean():
         assert [of[f"epsilon-{end}"].objective.epsilon_low for end in ("low", "high")] == [0.1, 0.5]
         assert [of[f"beta-{end}"].objective.beta for end in ("low", "high")] == [0.1, 1.0]
         assert [of[f"g{size}"].sampling.num_generations for size in (4, 8, 16)] == [4, 8, 16]
-        assert {c.sampling.num_generations * c.sampling.prompts_per_step for c in of.values()} == {256}
+        assert {c.sampling.num_generations * c.sampling.prompts_per_step for c in of.values()} == {128}
     # A row changes what it says and nothing else.
     base = full["agrpo"].model_dump(exclude={"run"})
     high = found.cell("epsilon-high", "agrpo", 0).job.config.model_dump(exclude={"run"})

@@ -37,7 +37,7 @@ def write_results(plan: Plan, failures: Sequence[Failure] = ()) -> str | None:
     replace(root / "results.json", [json.dumps(json.loads(to_json(_numbers(found, failures))), indent=1), "\n"])
     pictures = _draw(found, root)
     shown = [made[name].markdown() for name in ("table", "side-by-side", "claims") if name in made]
-    power = tables.what_seeds_can_show(len(plan.grid.seeds))
+    power = tables.what_seeds_can_show(max((d.contrast.estimate.n for d in found.differences), default=0))
     return "\n".join([*shown, power, "", _places(root, list(made), pictures)])
 
 

@@ -161,7 +161,8 @@ def _number(claim: Claim, x: float) -> str:
     if claim.compared == "difference":
         text = "0" if x == 0 else f"{x:+.{MEASURES[claim.measure][1]}f}"
     else:
-        text = "0" if x == 0 else f"{100 * x:+.0f}%"
+        text = f"{100 * x:+.0f}%"
+        text = "0" if text in ("+0%", "-0%") else text
     return text.replace("-", "−")
 
 
@@ -173,7 +174,7 @@ def _measured(claim: Claim, estimate: Estimate) -> str:
 def what_seeds_can_show(seeds: int) -> str:
     """The power of the tests, in words."""
     if seeds < 2:
-        return "One seed says nothing of the spread between seeds: there are no intervals and no tests."
+        return "With fewer than two seeds that both methods have finished there are no intervals and no tests."
     return (
         f"With {seeds} seeds the paired t test finds a true difference of {detectable(seeds):.1f} times its standard"
         " deviation between seeds in 80 cases of 100; smaller ones mostly stay undecided. The sign-flip test cannot"

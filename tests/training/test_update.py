@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from agrpo.algorithms.segments import per_token
 from agrpo.config import AdvantageConfig, GroupLossConfig, PolicyConfig, PruningConfig, TrainingConfig
 from agrpo.training.batches import Sequences
+from agrpo.training.controllers import Controllers
 from agrpo.training.experience import estimate_advantages, prune
 from agrpo.training.preference import RankedBatch
 from agrpo.training.schedule import learning_rate
@@ -184,6 +185,19 @@ def test_without_a_clip_the_second_update_is_the_plain_ratio_times_the_advantage
     assert metrics["clip_ratio/region_mean"] == 0
     clipped = moved()[0]
     assert update(clipped, what, updates_per_rollout=2)["agrpo/policy_loss"] != metrics["agrpo/policy_loss"]
+
+
+def test_epsilon_rests_where_nothing_is_clipped():
+    config = PolicyConfig(
+        data={"source": "python:agrpo.data.tasks.chains:problems"},
+        rewards=[{"target": "reward_models.rules.accuracy"}],
+        training={"max_steps": 1},
+        objective={"clip": False, "epsilon_low": 0.05},  # outside the bounds of a controller that rests
+    )
+    held = Controllers(config)
+    assert "ε inert: objective.clip is false" in held.notes
+    held.observe({"agrpo/kl_symmetric": 0.01, "agrpo/kl_update": 1.0, "entropy": 0.3, "reward_std": 0.5})
+    assert held.metrics()["agrpo/epsilon"] == 0.05
 
 
 def test_a_kl_that_nothing_penalises_is_still_measured():

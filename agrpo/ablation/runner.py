@@ -188,7 +188,10 @@ class Runner:
                 self._pass_on(process)
 
     def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
-        """A signal to a run, or to all behind a prefix. Twice would end a stage at once: torchrun passes it on too."""
+        """A signal to a run, or to all behind a prefix; once, since a second one ends a stage without saving."""
+        if process not in self._live:
+            return
+        self._live.discard(process)
         with suppress(ProcessLookupError):
             (os.killpg if self._manner.prefix else os.kill)(process.pid, signal.SIGTERM)
 

@@ -58,11 +58,12 @@ def test_a_grid_survives_a_signal_a_kill_and_a_cell_that_fails(tmp_path, monkeyp
     sft, cells = found.sft[0], {job.name: job for job in found.jobs}
     assert set(cells) == {"full-grpo-seed0", "full-agrpo-seed0", "broken-agrpo-seed0"}
 
-    stopped = start(path)
+    stopped = start(path, "--prefix", """bash -c '"$@"; exit $?' prefix""")  # which a signal ends before the run
     wait_for((root / "logs" / "sft-seed0.log").exists)
     stopped.send_signal(signal.SIGTERM)
     out, _ = stopped.communicate(timeout=120)
     assert stopped.returncode == 75 and "run again to go on" in out
+    assert not locked(root)  # nothing is left behind
     assert not any(job.finished for job in cells.values())
 
     killed = start(path)

@@ -176,7 +176,8 @@ class Runner:
         if self._stop:
             self._pass_on(process)
         code = process.wait()
-        _wait_for_group(process.pid)
+        if self._stop:
+            _wait_for_group(process.pid)
         self._live.discard(process)
         return code
 
@@ -196,9 +197,10 @@ class Runner:
             (os.killpg if self._manner.prefix else os.kill)(process.pid, signal.SIGTERM)
 
 
-def _wait_for_group(group: int) -> None:
+def _wait_for_group(group: int, seconds: float = 120) -> None:
     """A prefix may end at a signal before the run behind it has saved itself."""
-    while True:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
         try:
             os.killpg(group, 0)
         except ProcessLookupError:

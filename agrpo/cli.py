@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -12,6 +13,13 @@ _STAGES = {
     "reward": "stage2_reward/main.py",
     "train": "stage3_agrpo/main.py",
 }
+_TOOLS = {
+    "merge": "agrpo.merge",
+    "push": "agrpo.reporting.hub",
+    "export": "agrpo.export",
+    "ablate": "agrpo.ablation.command",
+}
+_MEASURES = {"eval": "evaluation/evaluate.py", "compare": "evaluation/compare.py"}
 _USAGE = """usage: agrpo COMMAND …
 
   sft          stage 1: supervised fine-tuning      [--config FILE] [key.path=value …] [--print-config]
@@ -20,9 +28,16 @@ _USAGE = """usage: agrpo COMMAND …
   reward       stage 2: a reward model              the same
   train        stage 3: policy optimisation         the same
   ablate       a grid of settings, seeds, methods   GRID [key.path=value …] [--jobs N] [--plan] [--json]
+  eval         pass@1, pass@k, maj@k of a model     --model RUN|DIR|ID --benchmark NAME | --data FILE [--help]
+  compare      which of two models is better        A B --data FILE --reward TARGET [--help]
+  chat         talk to a model                      RUN|DIR|ID [--compare OTHER] [--samples N] [--reward TARGET]
+  merge        a whole model of LoRA's adapters     RUN|ADAPTER OUT
+  push         a model to the Hub, private          RUN|DIR OWNER/NAME [--public]
+  export       a model for llama.cpp                --gguf RUN|DIR OUT.gguf
   summary      what a run measured                  DIR [--json]
   plot         a run's curves                       DIR [--out PNG]
   serve-reward rewards for runs elsewhere           --config FILE [--host H] [--port N]
+  serve-rollout  sampling for runs elsewhere        --model DIR [--backend native|vllm] [--host H] [--port N]
   doctor       what works on this machine           [--config FILE] [key.path=value …] [--stage STAGE] [--json]
   theory       how far training can move a prompt   --beta B --group-size G|inf [--pass-rate Q] [--plot FILE] [--json]
 """
@@ -39,10 +54,12 @@ def main() -> int:
         from agrpo.launch import main as launch
 
         return launch([str(_ROOT / "stages" / _STAGES[command]), *arguments])
-    if command == "ablate":
-        from agrpo.ablation.command import main as ablate
+    if command in _MEASURES:
+        from agrpo.launch import main as launch
 
-        return ablate(arguments)
+        return launch([str(_ROOT / "stages" / _MEASURES[command]), *arguments], check=lambda arguments: None)
+    if command in _TOOLS:
+        return importlib.import_module(_TOOLS[command]).main(arguments)
     if command == "summary":
         from agrpo.reporting.summary import main as summary
 
@@ -56,6 +73,20 @@ def main() -> int:
 
         sys.argv = ["agrpo serve-reward", *arguments]
         runpy.run_module("reward_models.server", run_name="__main__", alter_sys=True)  # exits; rewards stand above us
+    if command == "serve-rollout":
+        from agrpo.types import InputError
+
+        try:
+            from agrpo.rollout_server import main as serve_rollout
+        except InputError as error:  # an extra that is not installed
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return serve_rollout(arguments)
+    if command == "chat":
+        import runpy
+
+        sys.argv = ["agrpo chat", *arguments]
+        runpy.run_path(str(_ROOT / "stages" / "evaluation" / "chat.py"), run_name="__main__")  # exits
     if command == "doctor":
         from agrpo.doctor.command import main as doctor
 

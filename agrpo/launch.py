@@ -13,6 +13,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from agrpo.config import count_from_environment, parse_command_line
@@ -34,7 +36,13 @@ def processes() -> int:
     return max(1, sum(line.startswith("GPU ") for line in listed.splitlines()))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, check: Callable[[list[str]], object] | None = None) -> int:
+    """Run a script in as many processes as the environment asks for.
+
+    Args:
+        argv: the script and its arguments.
+        check: of the arguments before anything starts; exits when they are wrong. By default as a stage's are.
+    """
     script, *arguments = sys.argv[1:] if argv is None else argv
     try:
         count, nodes = processes(), count_from_environment("NNODES")
@@ -42,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"configuration error: {error}", file=sys.stderr)
         return 2
     os.environ["NPROC"] = str(count)
-    parse_command_line(stage_of(Path(script)), arguments)  # exits 0 or 2
+    (check or partial(parse_command_line, stage_of(Path(script))))(arguments)  # exits 0 or 2
     if count == 1 and nodes == 1:
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")

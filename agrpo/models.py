@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -184,6 +185,38 @@ def make_trainable(lm: PreTrainedModel, config: ModelConfig, seed: int = 0) -> n
         for module in [*layers[len(layers) - config.trainable_layers :], body.norm]:
             module.requires_grad_(True)
     return lm
+
+
+def merge_adapter(folder: Path, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A PEFT adapter added into the language model it was trained on, in float32, and the tokenizer.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        base: the model; by default the one that the adapter names.
+
+    Raises:
+        ModelError: it is no adapter of a language model, its weights are a pickle, or they do not fit the model.
+    """
+    from peft import PeftModel
+
+    try:
+        told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: is no adapter: {error}") from None
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder}: has no adapter_model.safetensors (a pickle is not loaded: save it again)")
+    name = base or told.get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{folder}: does not name its base model; give --base")
+    config = ModelConfig(name_or_path=name)
+    own = (folder / "tokenizer_config.json").is_file()
+    tokenizer, _ = load_tokenizer(ModelConfig(name_or_path=str(folder)) if own else config)
+    lm = load_language_model(config, tokenizer, seed=0)
+    try:
+        return PeftModel.from_pretrained(lm, folder).merge_and_unload(), tokenizer
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{folder}: does not fit {name}: {reason}; give its own base with --base") from None
 
 
 def save_language_model(lm: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

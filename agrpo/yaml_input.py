@@ -49,6 +49,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_value(text: str, name: str, *kinds: type) -> Any:
+    """A value that the command line holds as YAML, of one of these kinds; `name` is the option's, for errors."""
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, kinds):
+        names: dict[type, str] = {dict: "a mapping such as {key: value}", str: "a text"}
+        wanted = " or ".join(names[kind] for kind in kinds)
+        raise ConfigError(f"{name}: {text!r} is not {wanted}")
+    return value
+
+
 def set_path(values: dict[str, Any], override: str) -> None:
     """Apply one `key.path=value` to nested mappings, in place. `rewards.0.weight=2` reaches into lists."""
     key, equals, text = override.partition("=")
@@ -61,7 +74,7 @@ def set_path(values: dict[str, Any], override: str) -> None:
     here: Any = values
     parts = key.split(".")
     for part, following in pairwise(parts):
-        place = _index(here, part, key) if isinstance(here, list) else part
+        place: Any = _index(here, part, key) if isinstance(here, list) else part
         inside = here[place] if isinstance(here, list) else here.get(part)
         if not isinstance(inside, dict | list):
             inside = here[place] = [] if following.isdigit() else {}

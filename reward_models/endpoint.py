@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import os
 import random
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 import httpx2
 
+from agrpo.network import is_loopback, is_token
 from reward_models.loader import RewardError
 
 MAX_REPLY = 64 << 20  # bytes; more is an error, not memory
@@ -148,19 +148,6 @@ def complete(work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run(work)
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can be meant. A name other than localhost can come to mean any."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def is_token(text: str) -> bool:
-    """Whether an HTTP header can carry it."""
-    return bool(text) and text.isascii() and text.isprintable() and " " not in text
 
 
 def _host(url: str) -> str:

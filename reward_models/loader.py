@@ -33,7 +33,7 @@ def load_reward(target: str, parameters: Mapping[str, Any] | None = None) -> Rew
         RewardError: no such module or attribute, nothing callable, or a parameter that the target does not name.
     """
     parameters = dict(parameters or {})
-    found = _find(target)
+    found = find_target(target)
     if isinstance(found, ModuleType):
         build = getattr(found, "build", None)
         if not callable(build):
@@ -58,7 +58,8 @@ def load_reward(target: str, parameters: Mapping[str, Any] | None = None) -> Rew
     return bound
 
 
-def _find(target: str) -> Any:
+def find_target(target: str) -> Any:
+    """What an import path names; the working directory is searched too."""
     names = target.replace(":", ".").split(".")
     if target.count(":") > 1 or not all(name.isidentifier() for name in names):
         raise RewardError(f"reward {target!r} is no import path; write package.module.function")

@@ -9,14 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import secrets
 import signal
-import socket
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -26,12 +22,12 @@ from agrpo.config import RewardSpec, Section
 from agrpo.reporting.metrics import printable
 from agrpo.types import InputError
 from agrpo.yaml_input import ConfigError, explain, read_yaml
-from reward_models.endpoint import is_loopback, is_token
 from reward_models.remote import Batch, Loss, Reply
 
 try:
-    import uvicorn
     from fastapi import FastAPI, HTTPException, Request
+
+    from agrpo.serving import body_of, bound, require_token, serve, token_for
 except ModuleNotFoundError as error:
     needed = f"a reward server needs {error.name}: pip install 'agrpo[serve]'"
     if __name__ == "__main__":
@@ -43,7 +39,6 @@ if TYPE_CHECKING:
     from reward_models.compose import RewardSet
 
 TOKEN = "AGRPO_REWARD_TOKEN"
-_SHORTEST_TOKEN = 16  # characters, where other machines can try
 
 
 class Limits(NamedTuple):
@@ -64,7 +59,6 @@ def application(rewards: RewardSet, token: str, limits: Limits) -> FastAPI:
     app = FastAPI(title="agrpo rewards", docs_url=None, redoc_url=None, openapi_url=None)
     turn, thread = asyncio.Lock(), ThreadPoolExecutor(1, thread_name_prefix="rewards")
     scoring = Scoring(rewards)
-    expected = f"Bearer {token}".encode()
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -72,10 +66,8 @@ def application(rewards: RewardSet, token: str, limits: Limits) -> FastAPI:
 
     @app.post("/score")
     async def score(request: Request) -> Reply:
-        given = request.headers.get("Authorization", "").encode()
-        if not secrets.compare_digest(given, expected):  # before a byte of the body is read
-            raise HTTPException(401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"})
-        batch = _parse(await _body(request, limits.megabytes))
+        require_token(request, token)  # before a byte of the body is read
+        batch = _parse(await body_of(request, "application/json", limits.megabytes))
         if len(batch.completions) > limits.completions:
             raise HTTPException(413, f"{len(batch.completions)} completions; {limits.completions} a request at most")
         async with turn:
@@ -113,22 +105,6 @@ def _or_null(scores: list[float]) -> list[float | None]:
     return [None if score != score else score for score in scores]  # NaN alone differs from itself
 
 
-async def _body(request: Request, megabytes: float) -> bytes:
-    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "send JSON, with Content-Type: application/json")
-    limit = int(megabytes * 2**20)
-    too_large = HTTPException(413, f"more than {megabytes:g} MiB in one request; send smaller batches")
-    announced = request.headers.get("Content-Length", "0")
-    if announced.isdigit() and int(announced) > limit:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
-
-
 def _parse(body: bytes) -> Batch:
     try:
         return Batch.model_validate_json(body)
@@ -159,34 +135,6 @@ def served_rewards(path: Path) -> list[RewardSpec]:
     return specs
 
 
-@contextmanager
-def token_for(host: str, allow_other_hosts: bool) -> Iterator[tuple[str, str]]:
-    """The token and where it is: the environment's, or on loopback a new one in a file of the user's own until the end.
-
-    Raises:
-        InputError: other machines could connect, and that was not asked for or has no good token.
-    """
-    token, local = os.environ.get(TOKEN, ""), is_loopback(host)
-    if not local and not allow_other_hosts:
-        raise InputError(f"--host {host}: other machines could connect; say --allow-other-hosts to mean that")
-    if not local and len(token) < _SHORTEST_TOKEN:
-        raise InputError(f"--host {host}: set {TOKEN} to a token of {_SHORTEST_TOKEN} characters or more")
-    if token:
-        if not is_token(token):
-            raise InputError(f"{TOKEN}: holds white space or characters beyond ASCII")
-        yield token, TOKEN
-        return
-    descriptor, path = tempfile.mkstemp(prefix="agrpo-reward-token-")  # mode 0600
-    try:
-        token = secrets.token_urlsafe(32)
-        with open(descriptor, "w", encoding="ascii") as file:
-            file.write(token)
-        yield token, path
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="agrpo serve-reward", description="Rewards behind HTTP.")
     parser.add_argument("--config", type=Path, required=True, help="a YAML file with stage 3's rewards:")
@@ -201,42 +149,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         specs = served_rewards(options.config)
         with (
-            token_for(options.host, options.allow_other_hosts) as (token, where),
-            _bound(options.host, options.port) as listener,
+            token_for(TOKEN, options.host, options.allow_other_hosts) as (token, where),
+            bound(options.host, options.port) as listener,
         ):
             from reward_models.configured import reward_set  # loads torch: after all that can be wrong quickly
 
             rewards = reward_set(specs)
             app = application(rewards, token, Limits(options.max_batch, options.max_megabytes))
-            _serve(app, listener, f"{', '.join(rewards.names)}; the token is in {where}")
+            serve(app, listener, f"{', '.join(rewards.names)}; the token is in {where}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """Bound before the rewards load, so that a taken port shows at once; nobody can connect until it listens."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise InputError(f"--host {host} --port {port}: {error}") from None
-    return listener
-
-
-def _serve(app: FastAPI, listener: socket.socket, what: str) -> None:
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, ws="none", lifespan="off", proxy_headers=False,
-        timeout_graceful_shutdown=5,
-    )  # fmt: skip
-    print(f"serving at http://{shown}:{port}: {what}", file=sys.stderr, flush=True)
-    with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -14,4 +14,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 .venv/bin/python -m ruff check --quiet
 .venv/bin/python -m ruff format --check --quiet
+.venv/bin/python -m mypy --no-error-summary
 exec .venv/bin/python -m pytest "$@"

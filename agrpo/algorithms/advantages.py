@@ -156,7 +156,7 @@ def kalman_recursive_advantages(
     """
     s = _statistics(rewards, group, std_ddof)
     advantages = torch.zeros_like(rewards)
-    for members in group.unique().tolist():
+    for members in torch.unique(group).tolist():
         state, variance = 0.0, _PRIOR
         for n in ((group == members) & s.signal).nonzero()[:, 0].tolist():
             predicted = variance + _DRIFT
@@ -187,7 +187,8 @@ def gdpo_advantages(
     Source: GDPO, Liu et al. 2026 (arXiv 2601.05242), section 3.1.
     """
     statistics = [_statistics(column, group, std_ddof) for column in scores.unbind(1)]
-    total = sum(w * s.centred / (s.variance.sqrt() + delta) for w, s in zip(weights, statistics, strict=True))  # (N,)
+    normalised = torch.stack([s.centred / (s.variance.sqrt() + delta) for s in statistics], 1)  # (N, K)
+    total = normalised @ weights.to(normalised)  # (N,)
     signal = torch.stack([s.signal for s in statistics]).any(0)  # (N,)
     scored = ~scores.isnan().all(1)
     count = scored.sum()

@@ -80,7 +80,7 @@ def confidence_from_ensemble(mean_i: Tensor, mean_j: Tensor, std_i: Tensor, std_
 
 def stratum_totals(pairs: Pairs, confidence: Tensor) -> dict[float, float]:
     """Σ of confidence over the pairs of each level gap. Shards' totals add up key by key."""
-    gaps, index = pairs.gap.unique(return_inverse=True)  # (S,), (M,)
+    gaps, index = torch.unique(pairs.gap, return_inverse=True)  # (S,), (M,)
     totals = confidence.new_zeros(len(gaps)).index_add(0, index, confidence)
     return dict(zip(gaps.tolist(), totals.tolist(), strict=True))
 
@@ -114,7 +114,7 @@ def pair_weights(
     if scheme != "hierarchical":
         raise ValueError(f"pair_weighting must be one of {', '.join(SCHEMES)}, got {scheme!r}")
     totals = stratum_totals(pairs, confidence) if totals is None else totals
-    gaps, index = pairs.gap.unique(return_inverse=True)  # (S,), (M,)
+    gaps, index = torch.unique(pairs.gap, return_inverse=True)  # (S,), (M,)
     total = confidence.new_tensor([totals[gap] for gap in gaps.tolist()])[index]  # (M,)
     return torch.where(total > 0, confidence / total, 0.0)
 
@@ -220,4 +220,5 @@ def label_entropy(flipped: Tensor) -> Tensor:
 
     The uncertainty of a perfect model of soft labels stays at their mean, so the λ controller's target must exceed it.
     """
-    return (torch.special.entr(flipped) + torch.special.entr(1 - flipped)).sum() / math.log(2)
+    bits: Tensor = (torch.special.entr(flipped) + torch.special.entr(1 - flipped)) / math.log(2)  # (M,)
+    return bits.sum()

@@ -22,7 +22,7 @@ from agrpo.config.loading import load_config, parse_command_line, resolve
 from agrpo.config.methods import METHODS, PREFERENCE_METHODS
 from agrpo.config.objective import AdvantageConfig, GroupLossConfig, PairLossConfig, PreferenceLossConfig, PruningConfig
 from agrpo.config.rewards import RewardSpec
-from agrpo.config.rollout import RolloutConfig, SamplingConfig
+from agrpo.config.rollout import RolloutConfig, SamplingConfig, ServersConfig
 from agrpo.config.stages import STAGES, PolicyConfig, PreferencesConfig, RewardConfig, SFTConfig, StageConfig
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "SFTConfig",
     "SamplingConfig",
     "Section",
+    "ServersConfig",
     "StageConfig",
     "TokenizerConfig",
     "TrainingConfig",

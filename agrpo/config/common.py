@@ -1,7 +1,8 @@
-"""The sections that every stage has: run, model, data, training, engine, checkpoint, evaluation, logging."""
+"""The sections that every stage has: run, model, data, training, engine, checkpoint, evaluation, logging, hub."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -132,3 +133,17 @@ class EvaluationConfig(HeldOutConfig):
 class LoggingConfig(Section):
     samples_per_step: Annotated[int, Field(ge=0)] = 2
     console: bool = True
+
+
+class HubConfig(Section):
+    """Sharing the model on the Hub: off unless a repository is named. The token is HF_TOKEN of the environment."""
+
+    push: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None  # owner/name; null: nothing is sent
+    strategy: Literal["end", "every_save"] = "end"  # every_save: with each checkpoint too
+    private: bool = True  # of a repository that is made; a public one is refused
+
+    @model_validator(mode="after")
+    def _allowed(self) -> Self:
+        if self.push is not None and not os.environ.get("HF_TOKEN"):
+            raise ValueError("push: needs a token that may write: set HF_TOKEN in the environment, in no file")
+        return self

@@ -34,10 +34,20 @@ class VllmConfig(Section):
     max_model_len: Count | None = None  # tokens of a prompt and its completion; null: as long as the run can need
 
 
+class ServersConfig(Section):
+    """Processes that sample elsewhere, with `backend: server`: each runs `agrpo serve-rollout`."""
+
+    urls: Annotated[list[NonEmpty], Field(min_length=1)]  # each prompt goes to one of them
+    token_env: NonEmpty = "AGRPO_ROLLOUT_TOKEN"  # the environment variable that holds their token
+    timeout_s: Positive = 1800.0  # of one request: weights on their way, or one rollout's completions
+    allow_plain_http: bool = False  # token and weights over http to another machine, for everyone on the way to read
+
+
 class RolloutConfig(Section):
-    backend: Literal["native", "vllm"] = "native"
+    backend: Literal["native", "vllm", "server"] = "native"
     max_sequences: Count = 256  # completions that decode together
     vllm: VllmConfig = VllmConfig()
+    servers: ServersConfig | None = None
 
     @model_validator(mode="after")
     def _installed(self) -> Self:
@@ -45,9 +55,16 @@ class RolloutConfig(Section):
             raise ValueError("backend: vllm is not installed; install it: bash scripts/setup.sh --vllm")
         return self
 
-    def require(self, sampling: SamplingConfig) -> None:
-        """Refuse what the backend cannot sample."""
-        if self.backend == "vllm" and sampling.stop:
+    @model_validator(mode="after")
+    def _somewhere(self) -> Self:
+        if self.backend == "server" and self.servers is None:
+            raise ValueError("backend: server needs servers.urls, where agrpo serve-rollout listens")
+        if self.backend != "server" and self.servers is not None:
             raise ValueError(
-                "sampling.stop: vLLM is given no tokenizer here; leave it out, or set rollout.backend: native"
+                f"servers: has no effect with backend: {self.backend}; set backend: server, or leave it out"
             )
+        return self
+
+
+class StepRolloutConfig(RolloutConfig):
+    ahead: Literal[0, 1] = 0  # 1: a step's completions are sampled while the step before updates

@@ -15,6 +15,7 @@ from agrpo.config.common import (
     EngineConfig,
     EvaluationConfig,
     HeldOutConfig,
+    HubConfig,
     LoggingConfig,
     ModelConfig,
     RunConfig,
@@ -31,7 +32,7 @@ from agrpo.config.objective import (
     PruningConfig,
 )
 from agrpo.config.rewards import RewardSpec, check_names
-from agrpo.config.rollout import RolloutConfig, SamplingConfig, StepSamplingConfig
+from agrpo.config.rollout import RolloutConfig, SamplingConfig, StepRolloutConfig, StepSamplingConfig
 
 
 class StageConfig(Section):
@@ -46,6 +47,7 @@ class StageConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: HeldOutConfig = HeldOutConfig()
     logging: LoggingConfig = LoggingConfig()
+    hub: HubConfig = HubConfig()
 
     @property
     def run_root(self) -> Path:
@@ -128,7 +130,7 @@ class PolicyConfig(StageConfig):
     grouping: GroupingConfig = GroupingConfig()
     overlong: OverlongConfig = OverlongConfig()
     rewards: Annotated[list[RewardSpec], Field(min_length=1)]
-    rollout: RolloutConfig = RolloutConfig()
+    rollout: StepRolloutConfig = StepRolloutConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @property
@@ -145,8 +147,9 @@ class PolicyConfig(StageConfig):
 
     @property
     def corrects_sampler(self) -> bool:
-        """Is there a sampler whose forward is not the update's, and a correction for it?"""
-        return self.rollout.backend != "native" and self.objective.sampler_correction != "none"
+        """Is there a sampler whose forward or weights are not the update's, and a correction for it?"""
+        differs = self.rollout.backend != "native" or self.rollout.ahead > 0
+        return differs and self.objective.sampler_correction != "none"
 
     @property
     def longest_sequence(self) -> int:
@@ -188,7 +191,6 @@ class PolicyConfig(StageConfig):
 
     @model_validator(mode="after")
     def _grouped(self) -> Self:
-        self.rollout.require(self.sampling)
         grouping, size = self.grouping, self.sampling.num_generations
         if grouping.kind == "adaptive" and not grouping.least <= size <= grouping.most:
             raise ValueError(
@@ -197,6 +199,16 @@ class PolicyConfig(StageConfig):
             )
         if grouping.kind != "fixed" and self.pruning.refill:
             raise ValueError("grouping.kind: fixes its own number of completions; set pruning.refill to false")
+        if self.rollout.ahead and grouping.kind != "fixed":
+            raise ValueError(
+                f"rollout.ahead: {grouping.kind} groups are dealt out by rewards, which are not there a step ahead: set"
+                " grouping.kind to fixed, or ahead to 0"
+            )
+        if self.rollout.ahead and self.objective.sampler_correction == "none":
+            raise ValueError(
+                "rollout.ahead: completions of older weights need their importance weights: set"
+                " objective.sampler_correction to token, sequence or mask"
+            )
         if grouping.kind == "dynamic" and size < 2:
             raise ValueError("grouping.kind: dynamic looks for groups whose rewards differ: at least 2 generations")
         return self
@@ -261,7 +273,6 @@ class PreferencesConfig(Section):
 
     @model_validator(mode="after")
     def _voters(self) -> Self:
-        self.rollout.require(self.sampling)
         if self.confidence == "ensemble" and len(self.rewards) < 2:
             raise ValueError("confidence: ensemble needs two rewards or more that vote; set it to none, or add one")
         _require_temperatures(self.rollout, sampling=self.sampling)

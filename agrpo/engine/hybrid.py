@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from agrpo.config import EngineConfig, RolloutConfig, TrainingConfig
 from agrpo.engine import distributed
 from agrpo.engine.backends.build import build_backend
 from agrpo.engine.backends.native import Sampling
+from agrpo.engine.backends.remote import RemoteBackend
 from agrpo.engine.layout import Layout
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.types import Prompt, Rollout
@@ -227,6 +228,19 @@ class HybridEngine:
         """counts[p] completions of each prompt, sampled from the current weights (`RolloutBackend.generate`)."""
         self.generation_mode()
         return self._backend.generate(prompts, counts, sampling, key, first)
+
+    def begin_generating(
+        self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Sampling, key: tuple[int, int]
+    ) -> Callable[[], Rollout]:
+        """`generate` with the weights as they are now; what is returned gives the rollout, also after an update.
+
+        Servers sample meanwhile. A backend of this process has no time of its own: it samples before this returns.
+        """
+        self.generation_mode()
+        if isinstance(self._backend, RemoteBackend):
+            return self._backend.begin(prompts, counts, sampling, key)
+        rollout = self._backend.generate(prompts, counts, sampling, key)
+        return lambda: rollout
 
     @property
     def whole_module(self) -> Any:

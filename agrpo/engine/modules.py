@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -9,11 +11,20 @@ from transformers import PreTrainedModel
 from agrpo.engine.attention import FlatAttention, use_flat_attention, why_not_flat
 from agrpo.engine.layout import Layout
 from agrpo.engine.logprobs import chunked_logprobs
+from agrpo.models import merged_weights
 
 
 def causal_lm(lm: nn.Module) -> PreTrainedModel:
     """The transformers model itself, without a PEFT wrapper (adapters are injected into its layers)."""
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+def whole_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """What another program needs to be this policy: plain names, LoRA merged, a tied head only as the embeddings."""
+    tied_head = "lm_head.weight" if causal_lm(policy.lm).config.tie_word_embeddings else None
+    for name, weight in merged_weights(policy.lm):
+        if name != tied_head:
+            yield name, weight.detach()
 
 
 class Policy(nn.Module):

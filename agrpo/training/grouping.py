@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from agrpo.config import PolicyConfig
 from agrpo.engine import distributed
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.hybrid import HybridEngine
+from agrpo.training.ahead import Pending, StepAhead, prompts_at
 from agrpo.training.rollouts import join, take, without_silent_prompts
 from agrpo.training.scoring import Scores, score
 from agrpo.types import Prompt, Rollout
@@ -42,6 +44,7 @@ class Sampler:
         self.config, self.prompts, self.stream, self.rewards = config, prompts, stream, rewards
         sampling = config.sampling
         self._how = Sampling.of(sampling)
+        self._ahead = StepAhead(config.training.max_steps) if config.rollout.ahead else None
         kinds = {"fixed": self._fixed, "adaptive": self._adaptive, "dynamic": self._dynamic}
         self._collect = kinds[config.grouping.kind]
 
@@ -54,8 +57,18 @@ class Sampler:
             self._seconds["time/generate_s"] += perf_counter() - began
             return rollout
 
+        if self._ahead is not None:
+            return self._one_ahead(engine, step)
         rollout, scores, metrics = self._collect(generate)
         return rollout, scores, {**metrics, **self._seconds}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rollout that waits for its step, if any. Every rank must call it."""
+        return {} if self._ahead is None else self._ahead.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._ahead is not None:
+            self._ahead.load_state_dict(state, self.prompts)
 
     def _score(self, rollout: Rollout) -> Tensor:
         began = perf_counter()
@@ -66,15 +79,34 @@ class Sampler:
     def _ask(self, round_: int = 0) -> list[Prompt]:
         """The stream's next prompts. Slots of later rounds go on counting: they key the random streams."""
         offset = round_ * self.config.prompts_per_rollout
-        return [
-            Prompt(self.prompts[i].text, self.prompts[i].ids, offset + slot, self.prompts[i].columns)
-            for slot, i in next(self.stream)
-        ]
+        return prompts_at(self.prompts, [(offset + slot, i) for slot, i in next(self.stream)])
 
     def _fixed(self, generate: Callable[..., Rollout]) -> Sampled:
         asked = self._ask()
         rollout = generate(asked, [self.config.sampling.num_generations] * len(asked), 0)
         return rollout, self._score(rollout), {}
+
+    def _one_ahead(self, engine: HybridEngine, step: int) -> Sampled:
+        """`_fixed`, sampled while the step before updated: by the weights that that step began with."""
+        size = self.config.sampling.num_generations
+
+        def begin(at: int) -> Pending:
+            pairs = next(self.stream)
+            asked = prompts_at(self.prompts, pairs)
+            key = (self.config.seed, at)
+            return Pending(pairs, engine.begin_generating(asked, [size] * len(asked), self._how, key))
+
+        began = perf_counter()
+        rollout = self._ahead.take(step, begin)
+        self._seconds["time/generate_s"] = perf_counter() - began
+        behind = engine.weight_version - rollout.weight_version
+        if not 0 <= behind <= self.config.objective.updates_per_rollout:
+            raise RuntimeError(
+                f"step {step}: its completions are of weight version {rollout.weight_version}, the policy is at"
+                f" {engine.weight_version}: more than one step of {self.config.objective.updates_per_rollout} updates"
+            )
+        scores = self._score(rollout)
+        return rollout, scores, {"agrpo/staleness": float(behind), **self._seconds}
 
     def _adaptive(self, generate: Callable[..., Rollout]) -> Sampled:
         """A pilot for every prompt, then the rest of the budget where the rewards are least certain."""

@@ -21,7 +21,9 @@ from agrpo.engine import checkpoint, distributed
 from agrpo.engine.hybrid import HybridEngine, TrainingDiverged
 from agrpo.engine.modules import Policy, causal_lm
 from agrpo.reporting.files import replace, to_json
+from agrpo.reporting.hub import PushFailed, push_model
 from agrpo.reporting.metrics import RunLog
+from agrpo.reporting.model_card import model_card
 from agrpo.reporting.summary import record
 from agrpo.types import Demonstration, Experience, InputError, PreferenceGroup
 from agrpo.yaml_input import ConfigError, to_yaml
@@ -29,7 +31,7 @@ from agrpo.yaml_input import ConfigError, to_yaml
 RESUME_LATER = 75
 _RESULT = "result.json"
 # What may differ between a run and its resumption.
-_FREE = {"run", "checkpoint", "logging", "evaluation"}
+_FREE = {"run", "checkpoint", "logging", "evaluation", "hub"}
 
 
 @contextmanager
@@ -58,6 +60,7 @@ class Session:
         self._began = time.monotonic()
         self._engine: HybridEngine | None = None
         self._tracked: Mapping[str, checkpoint.Stateful] = {}
+        self._save_model: Callable[[Path], None] | None = None
         self._found = self._look_for_checkpoint()
         self.first_step = self._found[1]["step"] if self._found else 0
         distributed.barrier()
@@ -111,6 +114,11 @@ class Session:
             checkpoint.load(*self._found, engine, tracked)
             self.log.note(f"resumed from {self._found[0]}")
 
+    def push_saves(self, save_model: Callable[[Path], None]) -> None:
+        """With `hub.strategy: every_save` each checkpoint's model goes to the Hub too, saved by this."""
+        if self.config.hub.push is not None and self.config.hub.strategy == "every_save":
+            self._save_model = save_model
+
     def steps(self) -> Iterator[int]:
         """The steps that remain. After each, a checkpoint when one is due, and an orderly end when a signal came."""
         every, total = self.config.checkpoint.every, self.config.training.max_steps
@@ -151,6 +159,28 @@ class Session:
         state = {name: one.state_dict() for name, one in self._tracked.items()}
         state["config"] = _identity(self.config)
         checkpoint.save(self._checkpoints, step, self._engine, state, self.config.checkpoint.keep)
+        if self._save_model is not None:
+            self._engine.generation_mode()
+            if distributed.rank() == 0:
+                folder = self.directory / ".model.pushed"
+                self._write_model(folder, self._save_model, {"step": step})
+                self._push(folder, f"step {step}")
+                shutil.rmtree(folder)
+            distributed.barrier()
+
+    def _write_model(self, folder: Path, save_model: Callable[[Path], None], results: Mapping[str, Any]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        save_model(folder)
+        (folder / "README.md").write_text(model_card(self.config, self.stage, results), encoding="utf-8")
+
+    def _push(self, folder: Path, message: str) -> None:
+        """To the Hub. A run does not end for it: the model is on disk, and can be pushed again."""
+        hub = self.config.hub
+        try:
+            self.log.note(f"pushed {message}: {push_model(folder, hub.push, message, private=hub.private)}")
+        except PushFailed as error:
+            again = f"agrpo push {self.directory} {hub.push}" + ("" if hub.private else " --public")
+            self.log.note(f"{message} was not pushed: {error}; once the run is done: {again}")
 
     def notes(self, texts: Iterable[str]) -> None:
         for text in texts:
@@ -175,31 +205,19 @@ class Session:
         """Save the model, record the results; the last thing that a stage does."""
         if distributed.rank() == 0:
             partial, final = self.directory / ".model.partial", self.directory / "model"
-            shutil.rmtree(partial, ignore_errors=True)
-            save_model(partial)
-            (partial / "README.md").write_text(self._model_card(results), encoding="utf-8")
+            self._write_model(partial, save_model, results)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             seconds = time.monotonic() - self._began
             record(self.config.run_root, self.stage, results, seconds, self.config.seed)
             text = json.dumps({"results": results, "seconds": seconds}, indent=1)
             (self.directory / _RESULT).write_text(text, encoding="utf-8")
+            if self.config.hub.push is not None:
+                self._push(final, "the finished model")
         distributed.barrier()
         self.log.note(f"{self.stage}: model in {self.directory / 'model'}")
         self.log.close()
         distributed.stop()
-
-    def _model_card(self, results: Mapping[str, Any]) -> str:
-        model = self.config.model
-        origin = model.name_or_path or model.gguf or f"{model.config['model_type']}, initialised at random"
-        measured = "\n".join(f"- {name}: {_short(value)}" for name, value in results.items())
-        classifies = self.stage == "reward" and self.config.kind == "head"
-        kind = "text-classification" if classifies else "text-generation"
-        return (
-            f"---\nlibrary_name: transformers\npipeline_tag: {kind}\ntags: [agrpo, {self.stage}]\n---\n"
-            f"# {self.config.run.name}, stage {self.stage}\n\nTrained with agrpo {agrpo.__version__} from `{origin}`"
-            f" for {self.config.training.max_steps} steps, seed {self.config.seed}.\n\n## Measured\n\n{measured}\n"
-        )
 
 
 def _texts(batch: Experience | Sequence[Demonstration | PreferenceGroup]) -> list[dict[str, Any]]:
@@ -211,10 +229,6 @@ def _texts(batch: Experience | Sequence[Demonstration | PreferenceGroup]) -> lis
         return [{"prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in columns]
     kept = ("prompt", "completion", "completions", "levels")
     return [{key: value for key, value in vars(row).items() if key in kept} for row in batch]
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _identity(config: StageConfig) -> dict[str, Any]:

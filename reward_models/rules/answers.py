@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -258,3 +259,23 @@ def _as_words(text: str) -> str | None:
     if not words or not all(word.isalpha() for word in words) or _FUNCTIONS & set(words):
         return None
     return " ".join(words) if words == ["no"] or max(map(len, words)) >= 3 else None
+
+
+def vote(completion: str, columns: Mapping[str, Any]) -> str | None:
+    """The final answer of a completion as majority voting counts it, None where there is none.
+
+    It is read as `accuracy` reads it, so 1/2, 0.5 and \\frac{1}{2} are one vote; answers that only math-verify could
+    tell to be equal are different votes. `columns` are the row's: an option letter is looked for where `solution` is
+    one.
+    """
+    text = completion[-MAX_CHARACTERS:]
+    gold, marked = read_solution(columns.get("solution")), marked_answer(text)
+    if gold is not None and gold.letter is not None:
+        return _leading_letter(_normalise(marked)) if marked is not None else _last_letter(text)
+    if marked is None:
+        in_words = gold is not None and gold.words is not None
+        marked = text.rstrip()[-MAX_EXPRESSION:].rpartition("\n")[2] if in_words else _last_number(text)
+    answer = _read(marked or "")
+    if answer.number is not None:
+        return str(answer.number)
+    return answer.words or answer.text.casefold() or None

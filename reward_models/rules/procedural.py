@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from reward_models.rules.texts import completion_text, tagged_answer
@@ -63,3 +64,8 @@ def _score(result: float | str | None) -> float | None:
     if result == "unknown":
         return None
     return 0.0 if result is None else float(result)
+
+
+def vote(completion: str, columns: Mapping[str, Any]) -> str | None:
+    """The answer that majority voting counts: what the verifier is given, without case and extra white space."""
+    return " ".join(_answer(completion).split()).casefold() or None

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from functools import partial
 
 from agrpo.config import SFTConfig, parse_command_line
 from agrpo.data.load import encode_groups, encode_prompts, read_demonstrations, read_prompts, require_batch, texts_of
@@ -33,6 +34,7 @@ def main(config: SFTConfig) -> None:
     engine = HybridEngine(
         policy, engine=config.engine, training=training, tokenizer=tokenizer, stop=stop, dtype=config.model.dtype
     )
+    save_model = partial(save_language_model, engine.whole_policy.lm, tokenizer)
     session.describe(policy)
 
     held_out = test = None
@@ -50,6 +52,7 @@ def main(config: SFTConfig) -> None:
 
     stream = Stream(len(prompts), training.batch_size, config.seed, distributed.rank(), distributed.world())
     session.restore(engine, stream=stream)
+    session.push_saves(save_model)
     for step in session.steps():
         began = time.perf_counter()
         rows = [index for _, index in next(stream)]
@@ -71,7 +74,7 @@ def main(config: SFTConfig) -> None:
     if test is not None:
         results |= write_evaluation(session, "test", evaluate_policy(engine, test, rewards, evaluation, config.seed))
     engine.generation_mode()
-    session.finish(results, lambda folder: save_language_model(engine.whole_policy.lm, tokenizer, folder))
+    session.finish(results, save_model)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,6 +66,8 @@ def main(config: RewardConfig) -> None:
     stream = Stream(len(prompts), training.batch_size, config.seed, distributed.rank(), distributed.world())
     lambda_ = lambda_controller(config.lambda_)
     session.restore(engine, stream=stream, lambda_=lambda_)
+    save_model = partial(save, engine, config, tokenizer)
+    session.push_saves(save_model)
     for step in session.steps():
         began = time.perf_counter()
         rows = [index for _, index in next(stream)]
@@ -92,7 +95,7 @@ def main(config: RewardConfig) -> None:
         results = measured.summary()
         log.note(measured.in_words())
     engine.generation_mode()
-    session.finish(results, lambda folder: save(engine, config, tokenizer, folder))
+    session.finish(results, save_model)
 
 
 def save(engine: HybridEngine, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Stage 3: policy optimisation by A-GRPO, with rule-based and learned rewards."""
 
 import sys
+from functools import partial
 from time import perf_counter
 
 from agrpo.algorithms.divergences import describe
@@ -54,6 +55,7 @@ def main(config: PolicyConfig) -> None:
         with_reference=config.needs_reference,
     )
     controllers = Controllers(config)
+    save_model = partial(save_language_model, engine.whole_policy.lm, tokenizer)
     session.describe(policy)
     session.notes([describe(config.objective.kl), *controllers.notes])
     results = {}
@@ -63,8 +65,9 @@ def main(config: PolicyConfig) -> None:
 
     stream = Stream(len(prompts), config.prompts_per_rollout, config.seed, distributed.rank(), distributed.world())
     ranked = RankedData(config, tokenizer, log.note)
-    session.restore(engine, stream=stream, ranked=ranked, controllers=controllers, rewards=rewards)
     sample = Sampler(config, prompts, stream, rewards)
+    session.restore(engine, stream=stream, ranked=ranked, controllers=controllers, rewards=rewards, sampler=sample)
+    session.push_saves(save_model)
     for step in session.steps():
         began = perf_counter()
         rollout, scores, metrics = sample(engine, step)
@@ -90,7 +93,7 @@ def main(config: PolicyConfig) -> None:
         after = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)
         results |= write_evaluation(session, "test", after)
     engine.generation_mode()
-    session.finish(results, lambda folder: save_language_model(engine.whole_policy.lm, tokenizer, folder))
+    session.finish(results, save_model)
 
 
 if __name__ == "__main__":

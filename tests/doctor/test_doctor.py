@@ -1,5 +1,7 @@
 """`agrpo doctor`: what it tells of this machine is true, and a self-test that hangs or dies is told as such."""
 
+import copy
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +15,7 @@ import torch
 from stage_runs import ROOT, environment
 
 from agrpo.config import load_config
+from agrpo.doctor import selftest
 from agrpo.doctor.backends import self_test, why_no_deepspeed
 from agrpo.doctor.command import main, stage_of
 from agrpo.doctor.machine import describe_machine, versions
@@ -37,6 +40,8 @@ def test_json_is_what_scripts_were_promised():
     assert report["backends"].keys() == {"native", "vllm", "deepspeed"}
     assert all(one.keys() == {"status", "reason"} and one["reason"] for one in report["backends"].values())
     assert report["backends"]["native"]["status"] == "pass"
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    assert report["backends"]["vllm"]["status"] == ("pass" if has_vllm else "unavailable"), report["backends"]["vllm"]
     assert report["machine"]["cores"] >= 1 and report["estimate"]["fits"]
 
 
@@ -56,6 +61,28 @@ def test_a_version_out_of_bounds_is_told(monkeypatch):
     monkeypatch.setattr(machine, "installed", lambda name: {"peft": "0.1", "torch": None}.get(name, "999"))
     found = versions()
     assert not found["peft"]["ok"] and not found["torch"]["ok"] and found["torch"]["version"] is None
+
+
+@pytest.mark.parametrize("from_version", [0, 1])
+def test_a_backend_of_other_weights_does_not_pass(monkeypatch, from_version):
+    build = selftest.build_backend
+
+    def stale(rollout, policy, **options):
+        backend = build(rollout, policy, **options)
+        follow = backend.follow
+
+        def follow_until(version):
+            follow(version)
+            if version == from_version - 1:
+                backend.lm = copy.deepcopy(backend.lm)
+
+        backend.follow = follow_until
+        backend.lm = backend.lm if from_version else copy.deepcopy(backend.lm)
+        return backend
+
+    monkeypatch.setattr(selftest, "build_backend", stale)
+    passed, reason = selftest.check("native")
+    assert not passed and f"weights of version {from_version}" in reason
 
 
 def test_a_self_test_that_hangs_is_killed_with_what_it_started(tmp_path):

@@ -1,26 +1,82 @@
 """What every rollout backend must do, whatever its insides: one suite, run through the engine.
 
-A backend is a function that makes an engine around a language model; another one joins by one more line in BACKENDS.
+A backend is a function that makes an engine around a language model; another one joins by one more line in BACKENDS,
+and in STALE, which makes its weights those of a moment ago for ever. Heads are 32 wide, the least vLLM's CPU build has.
 """
 
 import copy
 import functools
 import gc
+import importlib.util
 
 import pytest
 import torch
-from tiny import FAMILIES, engine_of, follows, ragged, warped
+from rollout_servers import serving
+from tiny import SIZES, engine_of, follows, ragged, warped
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from agrpo.config import LoraConfig, ModelConfig
+from agrpo.config import LoraConfig, ModelConfig, RolloutConfig
+from agrpo.engine.backends import remote
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.layout import build_layout
-from agrpo.engine.modules import causal_lm
+from agrpo.engine.modules import causal_lm, whole_weights
 from agrpo.models import make_trainable
 from agrpo.types import Prompt
 
+
+def on_vllm(lm, max_sequences=16, **options):
+    rollout = RolloutConfig(backend="vllm", max_sequences=max_sequences)
+    return engine_of(lm, rollout=rollout, longest=64, **options)
+
+
+def on_servers(lm, max_sequences=4, **options):
+    urls = [serving(lm, max_sequences)[0] for _ in range(2)]
+    return engine_of(lm, rollout=RolloutConfig(backend="server", servers={"urls": urls}), **options)
+
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vllm is not installed: bash scripts/setup.sh --vllm"
+)
 BACKENDS = {
     "native": functools.partial(engine_of, max_sequences=4),  # fewer than the completions: lines are refilled
     "native-fallback": functools.partial(engine_of, max_sequences=4, flat=False),
+    "vllm": on_vllm,
+    "server": on_servers,
+}
+
+
+def keep_native(engine, monkeypatch):
+    engine._backend.lm = copy.deepcopy(engine._backend.lm)
+
+
+def keep_vllm(engine, monkeypatch):
+    monkeypatch.setattr(engine._backend, "_take_weights", lambda: None)
+
+
+def keep_server(engine, monkeypatch):
+    old = [(name, weight.clone()) for name, weight in whole_weights(engine.whole_policy)]
+    monkeypatch.setattr(remote, "whole_weights", lambda policy: iter(old))
+
+
+STALE = {"native": keep_native, "native-fallback": keep_native, "vllm": keep_vllm, "server": keep_server}
+WIDE = {**SIZES, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+FAMILIES = {
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=True)),
+    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=False)),
+    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDE, tie_word_embeddings=True)),
+    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**WIDE, head_dim=32, tie_word_embeddings=True)),
 }
 HEADS = ["llama-tied", "llama-untied", "qwen3-tied"]
 # Some prompts hold the end token and the pad token, which are one and the same here.
@@ -35,7 +91,7 @@ def model(family):
     torch.manual_seed(0)
     lm = FAMILIES[family]()
     for weight in (p for p in lm.parameters() if p.ndim == 2):
-        torch.nn.init.normal_(weight, std=0.25)  # greedy has no near ties, and tied heads do not merely repeat
+        torch.nn.init.normal_(weight, std=0.18)  # greedy has no near ties, and tied heads do not merely repeat
     return lm
 
 
@@ -43,9 +99,14 @@ def with_lora(family):
     return make_trainable(model(family), ModelConfig(name_or_path="x", lora=LoraConfig(rank=4, alpha=8.0)))
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return functools.partial(BACKENDS[request.param], pad="t1")
+@pytest.fixture(params=[pytest.param(name, marks=needs_vllm if name == "vllm" else ()) for name in BACKENDS])
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def backend(name):
+    return functools.partial(BACKENDS[name], pad="t1")
 
 
 def train(engine, steps=1, rate=1e-2, between=lambda: None):
@@ -104,10 +165,10 @@ def test_generation_follows_every_weight_step(backend, family, make):
     assert after.tokens.tolist() != before.tokens.tolist()
 
 
-def test_a_stale_backend_does_not_pass(backend):
+def test_a_stale_backend_does_not_pass(name, backend, monkeypatch):
     engine = backend(model("llama-untied"))
     require_greedy_tokens(engine)
-    engine._backend.lm = copy.deepcopy(engine._backend.lm)  # the weights as they are now, for ever
+    STALE[name](engine, monkeypatch)
     require_greedy_tokens(engine)
     train(engine, rate=0.03)
     with pytest.raises(AssertionError):
@@ -157,6 +218,15 @@ def test_fifty_switches_leave_no_memory_behind(backend):
     assert held() == before + leaked.nbytes
 
 
+def by_vllm(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """The distribution that vLLM samples from: the filters of transformers, min_p first."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    return warpers(None, logits).softmax(-1)
+
+
 FILTERS = [
     {},
     {"top_k": 3},
@@ -168,13 +238,16 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_samples_follow_the_filtered_distribution(backend, filters):
+def test_samples_follow_the_filtered_distribution(name, backend, filters):
     engine = backend(model("qwen2-tied"), max_sequences=5000)
-    prompt, temperature = Prompt(text="", ids=(5, 2, 71), slot=0, columns={}), 1.3
-    rollout = engine.generate([prompt], [20_000], Sampling(1, temperature, **filters), (0, 0))
-    logits = plain_model(engine)(torch.tensor([prompt.ids])).logits[:, -1].detach()
-    assert follows(rollout.tokens, warped(logits, temperature, **filters)[0])
-    expected = (logits[0] / temperature).log_softmax(0)[rollout.tokens]  # before the filters
-    torch.testing.assert_close(rollout.logp, expected, atol=1e-5, rtol=0)
+    ids, temperature = (5, 2, 71), 1.3
+    prompts = [Prompt(text="", ids=ids, slot=slot, columns={}) for slot in range(10)]
+    rollout = engine.generate(prompts, [2000] * 10, Sampling(1, temperature, **filters), (0, 0))
+    logits = plain_model(engine)(torch.tensor([ids])).logits[:, -1].detach()
+    p = (by_vllm if name == "vllm" else warped)(logits, temperature, **filters)[0]
+    assert follows(rollout.tokens, p)
+    before = (logits[0] / temperature).log_softmax(0)
+    expected = (p.log() if name == "vllm" else before)[rollout.tokens]  # vLLM tells those after the filters
+    torch.testing.assert_close(rollout.logp, expected, atol=2e-5, rtol=0)
     if not filters:
         assert not follows(rollout.tokens, (logits[0] / 1.2).softmax(0))  # the test has power

@@ -1,16 +1,21 @@
 """vLLM in process: it samples from the weights that training has just left, and says so when it does not."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
-from stage_runs import launch, rows, run_tiny, tiny, tiny_policy
+from rollout_servers import server_process
+from stage_runs import LENGTH_REWARD, launch, rows, run_tiny, tiny, tiny_policy
 from tiny import SIZES, engine_of, ragged
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from agrpo.config import LoraConfig, ModelConfig, PolicyConfig, RolloutConfig
+from agrpo.engine.backends.checking import SamplerMismatch
 from agrpo.engine.backends.native import Sampling
+from agrpo.engine.backends.stopping import StopStrings
 from agrpo.engine.layout import build_layout
+from agrpo.engine.modules import whole_weights
 from agrpo.models import make_trainable, merged_weights
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -41,13 +46,8 @@ def model(family):
     return lm
 
 
-_ALIVE = []  # a vLLM that is collected takes the job's process group with it
-
-
 def engine(lm, zero_stage=0, dtype="float32"):
-    it = engine_of(lm, zero_stage, dtype, rollout=RolloutConfig(backend="vllm", max_sequences=16), longest=64)
-    _ALIVE.append(it)
-    return it
+    return engine_of(lm, zero_stage, dtype, rollout=RolloutConfig(backend="vllm", max_sequences=16), longest=64)
 
 
 def train(engine, rate=0.05):
@@ -130,7 +130,7 @@ def test_a_stale_engine_fails_the_check(monkeypatch, stale):
         train(it)
         monkeypatch.setattr(backend._llm, "reset_prefix_cache", lambda: None)
     rollout = it.generate(long, [2], Sampling(4), (0, 1))
-    with pytest.raises(vllm.SamplerMismatch, match=r"nats a token from the training forward's.*rollout.backend=native"):
+    with pytest.raises(SamplerMismatch, match=r"nats a token from the training forward's.*rollout.backend=native"):
         backend.check(rollout, Sampling(4))
 
 
@@ -138,12 +138,12 @@ def test_a_stale_engine_fails_the_check(monkeypatch, stale):
 def test_the_first_rollout_is_checked_whatever_did_not_arrive(monkeypatch):
     from agrpo.engine.backends import vllm
 
-    def without_a_norm(lm):
-        return ((name, w) for name, w in merged_weights(lm) if not name.endswith("layers.1.mlp.up_proj.weight"))
+    def without_a_layer(policy):
+        return ((name, w) for name, w in whole_weights(policy) if not name.endswith("layers.1.mlp.up_proj.weight"))
 
-    monkeypatch.setattr(vllm, "merged_weights", without_a_norm)
+    monkeypatch.setattr(vllm, "whole_weights", without_a_layer)
     it = engine(model("qwen2-untied"))
-    with pytest.raises(vllm.SamplerMismatch):
+    with pytest.raises(SamplerMismatch):
         it.generate(prompts(), [2] * 3, Sampling(12), (0, 0))
 
 
@@ -178,16 +178,60 @@ def test_bfloat16_is_within_its_rounding():
 
 
 @needs_vllm
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_stage_3_runs_on_it(tmp_path, nproc):
+@pytest.mark.parametrize(("nproc", "zero_stage"), [(1, 0), (2, 0), (2, 3)])
+def test_stage_3_runs_on_it(tmp_path, nproc, zero_stage):
     model = tiny_policy(tmp_path / "model", **HEADS_OF_32)
-    overrides = [f"model.name_or_path={model}", "rollout.backend=vllm", "training.max_steps=2", "evaluation.every=1"]
+    overrides = [f"model.name_or_path={model}", "rollout.backend=vllm", "training.max_steps=3", "evaluation.every=1"]
+    overrides += [LENGTH_REWARD, "training.learning_rate=1e-3", f"engine.zero_stage={zero_stage}"]
     run = run_tiny("agrpo", tmp_path / "run", *overrides, nproc=nproc)
     steps = rows(run / "metrics.jsonl")
-    assert len(steps) == 2
+    assert len(steps) == 3
     for step in steps:
         assert step["agrpo/effective_sample_size"] > 0.999 and step["agrpo/sampler_dropped"] == 0.0
     assert (run / "model" / "model.safetensors").exists()
+
+
+@needs_vllm
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(tmp_path):
+    model = tiny_policy(tmp_path / "model", **HEADS_OF_32)
+
+    def run(name):
+        reward = {"target": "interrupting_reward.length_until", "flag": str(tmp_path / name / "stop"), "call": 2}
+        own = [f"model.name_or_path={model}", f"rewards=[{json.dumps({**reward, 'number': 'SIGTERM'})}]"]
+        own += ["training.max_steps=4", "training.learning_rate=1e-3", "evaluation.test=null", "evaluation.data=null"]
+        own += ["logging.samples_per_step=16"]
+        done = launch("agrpo", *tiny("agrpo", tmp_path / name, *own, "rollout.backend=vllm"))
+        return done.returncode, tmp_path / name / "agrpo"
+
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "stop").touch()
+    (whole, straight), (stopped, _), (resumed, again) = run("straight"), run("stopped"), run("stopped")
+    assert (whole, stopped, resumed) == (0, 75, 0)
+    for mine, expected in zip(rows(again / "metrics.jsonl"), rows(straight / "metrics.jsonl"), strict=True):
+        for key in ("reward", "completions/mean_length", "loss", "grad_norm", "entropy", "kl"):
+            assert mine[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-7), (mine["step"], key)
+    assert [row["completion"] for row in rows(again / "samples.jsonl")] == [
+        row["completion"] for row in rows(straight / "samples.jsonl")
+    ]
+
+
+@needs_vllm
+def test_a_stage_samples_on_a_vllm_server_one_step_ahead(tmp_path):
+    model = tiny_policy(tmp_path / "model", **HEADS_OF_32)
+    with server_process(model, "--backend", "vllm", "--longest", "64") as (url, _):
+        own = [f"model.name_or_path={model}", "rollout.backend=server", f"rollout.servers={{urls: ['{url}']}}"]
+        own += [
+            LENGTH_REWARD,
+            "rollout.ahead=1",
+            "training.max_steps=3",
+            "training.learning_rate=1e-3",
+            "evaluation.every=2",
+        ]
+        run = run_tiny("agrpo", tmp_path / "run", *own)
+    steps = rows(run / "metrics.jsonl")
+    assert [step["agrpo/staleness"] for step in steps] == [0.0, 2.0, 2.0]
+    sizes = [step["agrpo/effective_sample_size"] for step in steps]
+    assert sizes[0] > 1 - 1e-6 and all(0.9 < size < 1 - 1e-6 for size in sizes[1:])
 
 
 @needs_vllm
@@ -232,3 +276,19 @@ def test_where_vllm_is_missing_the_configuration_says_how_to_get_it(tmp_path):
     done = launch("agrpo", *tiny("agrpo", tmp_path / "run", "rollout.backend=vllm"))
     assert done.returncode == 2
     assert "rollout: backend: vllm is not installed; install it: bash scripts/setup.sh --vllm" in done.stderr
+
+
+@needs_vllm
+def test_stop_strings_end_completions_as_they_do_in_the_native_sampler():
+    it = engine(model("llama-untied"))
+    free = it.generate(prompts(), [4] * 3, Sampling(12, temperature=2.0), (0, 0))
+    assert all(free.lengths > 5)
+    strings = (*(f"t{t}" for t in free.tokens[free.lengths.cumsum(0) - 5][:3].tolist()), "2t4")  # over two tokens
+    rollout = it.generate(prompts(), [4] * 3, Sampling(12, temperature=2.0, stop=strings), (0, 0))
+    ends = 0
+    for ids, finished in zip(rollout.tokens.split(rollout.lengths.tolist()), rollout.finished.tolist(), strict=True):
+        watch = StopStrings(it.tokenizer, strings, 1)
+        said = [watch.ended([0], [token])[0] for token in ids.tolist()]
+        assert not any(said[:-1]) and finished == (said[-1] or ids[-1] == 1)
+        ends += said[-1]
+    assert ends >= 3

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agrpo.config import RolloutConfig
 from agrpo.engine.backends.native import NativeBackend
+from agrpo.engine.backends.remote import RemoteBackend
 from agrpo.engine.backends.vllm import VllmBackend
 from agrpo.engine.modules import Policy, causal_lm
 from agrpo.types import RolloutBackend
@@ -30,6 +31,8 @@ def build_backend(
     """
     if rollout.backend == "vllm":
         return VllmBackend(policy, tokenizer=tokenizer, stop=stop, rollout=rollout, longest=longest)
+    if rollout.backend == "server":
+        return RemoteBackend(policy, tokenizer=tokenizer, stop=stop, servers=rollout.servers, longest=longest)
     return NativeBackend(
         causal_lm(policy.lm),
         flat=policy.fallback_reason is None,

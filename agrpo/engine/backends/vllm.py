@@ -6,34 +6,28 @@ vLLM is imported when the backend is made, and in this file alone.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from agrpo.config import RolloutConfig
 from agrpo.engine import distributed
+from agrpo.engine.backends.checking import require_policy
 from agrpo.engine.backends.native import Sampling
-from agrpo.engine.layout import build_layout
-from agrpo.engine.modules import Policy, causal_lm
-from agrpo.models import merged_weights
+from agrpo.engine.modules import Policy, causal_lm, whole_weights
 from agrpo.types import InputError, Prompt, Rollout
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # nats a token, mean; other weights are off by whole nats
-_CHECKED_TOKENS = 512
 _NO_VERSION = -1
-
-
-class SamplerMismatch(RuntimeError):
-    """vLLM does not sample from the policy's weights."""
+_LEAST_BATCHED_TOKENS = 2048  # vLLM's own default is this or more
 
 
 class VllmBackend:
@@ -66,7 +60,7 @@ class VllmBackend:
         self._on_cpu = policy.head.device.type == "cpu"
         self._tied = bool(causal_lm(policy.lm).config.tie_word_embeddings)
         self._asleep, self._checked = False, False
-        self._llm = _start(policy, rollout, longest, self._on_cpu)
+        self._llm = _start(policy, tokenizer, rollout, longest, self._on_cpu)
 
     # Weights
 
@@ -87,16 +81,10 @@ class VllmBackend:
 
     @torch.no_grad()
     def _take_weights(self) -> None:
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights()})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": whole_weights(self.policy)})
         self._llm.reset_prefix_cache()  # its keys and values are those of the old weights
         if self._on_cpu and self._tied:
             self._llm.apply_model(_repack_head)
-
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        tied_head = "lm_head.weight" if self._tied else None  # vLLM ties it itself
-        for name, weight in merged_weights(self.policy.lm):
-            if name != tied_head:
-                yield name, weight.detach()
 
     # Generation
 
@@ -128,7 +116,9 @@ class VllmBackend:
                 stop_token_ids=self.stop,
                 ignore_eos=True,  # `stop` has every token that ends a completion
                 logprobs=0,
-                detokenize=False,
+                stop=list(sampling.stop) or None,
+                include_stop_str_in_output=True,
+                detokenize=bool(sampling.stop),
             )
             for _, slot, n in asked
         ]
@@ -153,39 +143,14 @@ class VllmBackend:
             self._checked = True
         return rollout
 
-    @torch.no_grad()
     def check(self, rollout: Rollout, sampling: Sampling) -> float:
-        """Compare vLLM's log-probabilities with the training forward's, on the first completions of a rollout.
-
-        Returns:
-            The mean distance, nats a token.
-
-        Raises:
-            SamplerMismatch: it is larger than two programs' rounding explains.
-        """
-        some = max(1, int((rollout.lengths.cumsum(0) <= _CHECKED_TOKENS).sum()))
-        group, lengths = rollout.group[:some], rollout.lengths[:some]
-        asked = rollout.prompts[: int(group[-1]) + 1]
-        count = int(lengths.sum())
-        layout = build_layout([p.ids for p in asked], group, lengths, rollout.tokens[:count])
-        temperature, raised = 1.0, 0.0  # what filters leave out raises the rest: top_p by −log top_p at most
-        if not sampling.greedy:
-            temperature = sampling.temperature
-            raised = float("inf") if sampling.top_k or sampling.min_p else -float(np.log(sampling.top_p))
-        own = self.policy(layout.to(self.policy.head.device), temperature)[0].cpu()
-        gap = rollout.logp[:count] - own
-        distance = float(torch.where(gap < 0, -gap, (gap - raised).clamp(min=0)).mean())
-        if not distance <= TOLERANCE[self.policy.head.dtype]:
-            raise SamplerMismatch(
-                f"rollout.backend: vllm: its log-probabilities are {distance:.3g} nats a token from the training"
-                f" forward's, with the weights of version {rollout.weight_version}, where rounding explains"
-                f" {TOLERANCE[self.policy.head.dtype]:g}: it has other weights, or computes this model"
-                f" ({causal_lm(self.policy.lm).config.model_type}) otherwise; use rollout.backend=native"
-            )
-        return distance
+        """The mean distance to the training forward, nats a token (`require_policy`)."""
+        return require_policy(self.policy, rollout, sampling, "vllm")
 
 
-def _start(policy: Policy, rollout: RolloutConfig, longest: int | None, on_cpu: bool) -> LLM:
+def _start(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, rollout: RolloutConfig, longest: int | None, on_cpu: bool
+) -> LLM:
     settings = rollout.vllm
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
@@ -208,16 +173,18 @@ def _start(policy: Policy, rollout: RolloutConfig, longest: int | None, on_cpu: 
         options["block_size"] = 32  # measured much faster than its default there
     else:
         options |= {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
+    if rollout.max_sequences > _LEAST_BATCHED_TOKENS:
+        options["max_num_batched_tokens"] = rollout.max_sequences  # a decoding step has a token of each
     if distributed.world() > 1:
         options["distributed_executor_backend"] = "external_launcher"  # one vLLM in each process of this job
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)  # it decodes what it samples, to find the strings that end a completion
         set_num_threads = torch.set_num_threads  # its CPU build puts a function that does nothing in the place
         try:
-            return LLM(
+            llm = LLM(
                 folder,
                 load_format="dummy",
-                skip_tokenizer_init=True,
                 generation_config="vllm",  # its defaults: what is sampled, and how, each call says
                 dtype=str(policy.head.dtype).removeprefix("torch."),
                 max_model_len=length,
@@ -228,6 +195,10 @@ def _start(policy: Policy, rollout: RolloutConfig, longest: int | None, on_cpu: 
             )
         finally:
             torch.set_num_threads = set_num_threads
+    # At its end, and at the process's, it would take the process groups of the whole job down with it.
+    llm.llm_engine.engine_core._finalizer.detach()
+    gc.unfreeze()  # it froze all objects there are, and would have undone that at its end
+    return llm
 
 
 def _require_attention(config: PretrainedConfig) -> None:

@@ -1,0 +1,139 @@
+"""A conversation with one model or with two: what has been said, the commands, and what is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from agrpo.chat.settings import ChatSettings
+from agrpo.types import InputError, Text
+
+HELP = """/reset              begin anew
+/system TEXT        begin anew, with a system turn
+/set NAME=VALUE     temperature, top_p, top_k, max_tokens, samples, seed; /set alone shows them
+/data NAME=VALUE    a column for the rewards, such as solution=42
+/pick N             go on from the N-th answer of the last turn (it is the first otherwise)
+/history            what has been said
+/quit               so does the end of the input
+"""
+
+
+class Speaks(Protocol):
+    """What `chat.speaker.Speaker` does."""
+
+    name: str
+
+    def answer(self, prompt: Text, settings: ChatSettings, turn: int, show: Callable[..., None]) -> list[Any]: ...
+
+
+class Screen(Protocol):
+    """Where answers appear."""
+
+    def say(self, text: str) -> None: ...
+    def watch(self, title: str, count: int) -> Callable[[Sequence[str]], None]: ...
+    def done(self, notes: Sequence[str]) -> None: ...
+
+
+Judge = Callable[[Text, Sequence[Any], dict[str, str]], list[str]]  # (prompt, answers, columns) → a note on each
+
+
+class Conversation:
+    """Reads lines and answers them.
+
+    Args:
+        speakers: one model, or two that are compared: both hear every line, and each its own answers.
+        turns: speak through the chat template, with what was said before; else each line is a prompt of its own.
+        judge: says of each answer what the rewards say; None without rewards.
+    """
+
+    def __init__(
+        self,
+        speakers: Sequence[Speaks],
+        screen: Screen,
+        settings: ChatSettings,
+        *,
+        turns: bool = True,
+        system: str | None = None,
+        judge: Judge | None = None,
+    ) -> None:
+        self.speakers, self.screen, self.settings, self.turns, self.judge = speakers, screen, settings, turns, judge
+        self.columns: dict[str, str] = {}
+        self._reset(system)
+
+    def run(self, lines: Iterable[str]) -> None:
+        """Answer every line until the input ends or /quit."""
+        for line in lines:
+            text = line.strip()
+            try:
+                if text == "/quit":
+                    return
+                if text.startswith("/"):
+                    self._command(*text[1:].partition(" ")[::2])
+                elif text:
+                    self._answer(text)
+            except InputError as error:
+                self.screen.say(f"error: {error}")
+
+    def _command(self, name: str, rest: str) -> None:
+        rest = rest.strip()
+        if name == "reset":
+            self._reset(self.system)
+            self.screen.say("a new conversation")
+        elif name == "system":
+            if not self.turns:
+                raise InputError("/system: this model is asked in plain prompts; --chat gives it turns")
+            self._reset(rest or None)
+            self.screen.say("a new conversation, with this system turn" if rest else "a new conversation")
+        elif name == "set":
+            self.settings = self.settings.with_setting(rest) if rest else self.settings
+            self.screen.say(self.settings.in_words())
+        elif name == "data":
+            key, equals, value = (part.strip() for part in rest.partition("="))
+            if not equals or not key:
+                raise InputError("/data: write name=value, such as /data solution=42")
+            self.columns[key] = value
+            self.screen.say("  ".join(f"{key}={value}" for key, value in self.columns.items()))
+        elif name == "pick":
+            self._pick(rest)
+        elif name == "history":
+            for turn in self.histories[0]:
+                self.screen.say(f"{turn['role']}: {turn['content']}")
+        elif name == "help":
+            self.screen.say(HELP.rstrip())
+        else:
+            raise InputError(f"/{name}: no such command; /help lists them")
+
+    def _reset(self, system: str | None) -> None:
+        self.system, self.turn = system, 0
+        start = [{"role": "system", "content": system}] if system is not None else []
+        self.histories: list[list[dict[str, str]]] = [list(start) for _ in self.speakers]
+        self._last: list[list[Any]] = [[] for _ in self.speakers]
+
+    def _answer(self, text: str) -> None:
+        asked = [{"role": "user", "content": text}]
+        for place, speaker in enumerate(self.speakers):
+            prompt: Text = [*self.histories[place], *asked] if self.turns else text
+            title = speaker.name if len(self.speakers) > 1 else ""
+            show = self.screen.watch(title, self.settings.samples)
+            notes: list[str] = []
+            try:
+                answers = speaker.answer(prompt, self.settings, self.turn, show)
+                if self.judge is not None:
+                    notes = self.judge(prompt, answers, self.columns)
+            finally:
+                self.screen.done(notes)
+            self._last[place] = answers
+            if self.turns:
+                said = [*asked, {"role": "assistant", "content": answers[0].text}]
+                self.histories[place] = [*self.histories[place], *said]
+        self.turn += 1
+
+    def _pick(self, rest: str) -> None:
+        count = len(self._last[0])
+        if not rest.isdigit() or not 1 <= int(rest) <= count:
+            raise InputError(f"/pick: the last turn has {count} answers" + (f", 1 to {count}" if count else ""))
+        if not self.turns:
+            raise InputError("/pick: plain prompts have no history to go on from; --chat gives turns")
+        for history, answers in zip(self.histories, self._last, strict=True):
+            history[-1] = {"role": "assistant", "content": answers[int(rest) - 1].text}
+        self.screen.say(f"going on from answer {rest}")

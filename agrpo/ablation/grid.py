@@ -20,7 +20,7 @@ Settings = dict[str, Any]
 # What a grid decides for its cells.
 _OWNED = ("seed", "run")
 # What may differ between a finished cell and the one that is asked for.
-_FREE = ("run", "logging", "checkpoint")
+_FREE = ("run", "logging", "checkpoint", "hub")
 
 
 class StageSpec(Section):

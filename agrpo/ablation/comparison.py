@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from agrpo.ablation.claims import Verdict, judge_all
 from agrpo.ablation.grid import Job, Plan
@@ -39,6 +40,8 @@ class Difference:
 
     row: str
     measure: str
+    baseline: float  # the means of both over these seeds
+    method: float
     contrast: Contrast
     p_holm: float  # of the t test, over the rows with runs of their own
 
@@ -91,8 +94,9 @@ def _differences(plan: Plan, name: str, cells: Sequence[Measured]) -> list[Diffe
     contrasts = {row: contrast([b.values[name] - a.values[name] for a, b in pairs[row]]) for row in pairs}
     own = [row for row in contrasts if not _repeats(plan, row)]
     adjusted = dict(zip(own, holm([contrasts[row].p_t for row in own]), strict=True))
+    ends = {row: [fmean(cell.values[name] for cell in side) for side in zip(*pairs[row], strict=True)] for row in pairs}
     return [
-        Difference(row, name, found, adjusted.get(row, adjusted.get(_repeats(plan, row) or "", found.p_t)))
+        Difference(row, name, *ends[row], found, adjusted.get(row, adjusted.get(_repeats(plan, row) or "", found.p_t)))
         for row, found in contrasts.items()
     ]
 

@@ -117,14 +117,12 @@ def side_by_side(found: Comparison) -> Table:
 
 
 def _change(found: Comparison, row: str, name: str) -> str:
-    grid, digits = found.plan.grid, MEASURES[name][1]
-    ends = [found.line(row, method).estimates.get(name) for method in (grid.baseline, grid.method)]
-    difference = found.difference(row, name)
-    if None in ends or difference is None:
+    digits, difference = MEASURES[name][1], found.difference(row, name)
+    if difference is None:
         return "–"
     mark = "‡" if difference.p_holm < 0.05 else "†" if difference.contrast.significant else ""
     moved = with_interval(difference.contrast.estimate, digits, "+")
-    return f"{ends[0].mean:.{digits}f} → {ends[1].mean:.{digits}f} ({moved}){mark}"
+    return f"{difference.baseline:.{digits}f} → {difference.method:.{digits}f} ({moved}){mark}"
 
 
 def significance(found: Comparison) -> Table:

@@ -202,6 +202,9 @@ def test_what_cells_measured_by_hand(tmp_path):
     assert grpo["advantage_variance"].mean == pytest.approx(2.5)  # of all steps
     assert grpo["win"].mean == pytest.approx(0.5 + (5 / 8 - 1 / 4) / 2)
     assert shown.sft_reward.mean == 0.25
+    (found.cell("no-kl", "grpo", 2).job.directory / "result.json").unlink()
+    both = compare(found).difference("no-kl", "reward")  # over the seeds that both have
+    assert (both.baseline, both.method, both.contrast.estimate.mean) == (5 / 8, 11 / 16, 1 / 16)
     moved = shown.difference("full", "reward").contrast
     assert moved.estimate.mean == pytest.approx(1 / 8)
     assert moved.p_signs == pytest.approx(4 / 8)  # differences 0, 1/8, 2/8: four of eight sums are ±3/8

@@ -85,7 +85,8 @@ def _top(found: Comparison, name: str) -> float:
     """Where a scale ends: by the seeds, since the interval of few seeds may be wider than all of them by far."""
     greatest = max(cell.values[name] for cell in found.cells)
     ends = [e.high for line in found.lines if (e := line.estimates.get(name)) and not math.isnan(e.high)]
-    return 1.02 * max(greatest, min(max(ends, default=0.0), (1.0 if name == "reward" else 1.25) * greatest))
+    top = 1.02 * max(greatest, min(max(ends, default=0.0), 1.25 * greatest))
+    return min(1.0, top) if name == "reward" else top
 
 
 def draw_radars(found: Comparison, out: Path) -> Path:
@@ -96,7 +97,7 @@ def draw_radars(found: Comparison, out: Path) -> Path:
     pyplot = _pyplot()
     rows = list(found.plan.grid.rows)
     with pyplot.rc_context(_STYLE):
-        size = (4.4 * len(RADARS), 4.9)
+        size = (4.8 * len(RADARS), 4.7)
         polar = {"projection": "polar"}
         figure, axes = pyplot.subplots(1, len(RADARS), figsize=size, subplot_kw=polar, layout="constrained")
         for axis, name in zip(axes, RADARS, strict=True):

@@ -18,6 +18,7 @@ _TOOLS = {
     "push": "agrpo.reporting.hub",
     "export": "agrpo.export",
     "smoke": "agrpo.smoke.command",
+    "ablate": "agrpo.ablation.command",
 }
 _MEASURES = {"eval": "evaluation/evaluate.py", "compare": "evaluation/compare.py"}
 _USAGE = """usage: agrpo COMMAND …
@@ -27,6 +28,7 @@ _USAGE = """usage: agrpo COMMAND …
                or from published data               --convert gsm8k|hh IN OUT [--held-out SHARE] [--json]
   reward       stage 2: a reward model              the same
   train        stage 3: policy optimisation         the same
+  ablate       a grid of settings, seeds, methods   GRID [key.path=value …] [--jobs N] [--plan] [--json]
   eval         pass@1, pass@k, maj@k of a model     --model RUN|DIR|ID --benchmark NAME | --data FILE [--help]
   compare      which of two models is better        A B --data FILE --reward TARGET [--help]
   chat         talk to a model                      RUN|DIR|ID [--compare OTHER] [--samples N] [--reward TARGET]

@@ -87,7 +87,7 @@ if missing core; then
     say "installing torch $TORCH for $hardware"
     pip install ${AGRPO_TORCH_INDEX:+--index-url "$AGRPO_TORCH_INDEX"} "torch==$TORCH"
 fi
-extras=math,plot,tasks
+extras=math,plot,tasks,ablate
 for feature in "${wanted[@]}"; do
     case "$feature" in
         dev) extras+=,dev ;;

@@ -19,7 +19,7 @@ from agrpo.config.common import (
 from agrpo.config.controllers import LambdaController
 from agrpo.config.environment import count_from_environment, world_size
 from agrpo.config.files import read_config, stage_of
-from agrpo.config.loading import load_config, parse_command_line
+from agrpo.config.loading import load_config, parse_command_line, resolve
 from agrpo.config.methods import METHODS, PREFERENCE_METHODS
 from agrpo.config.objective import AdvantageConfig, GroupLossConfig, PairLossConfig, PreferenceLossConfig, PruningConfig
 from agrpo.config.rewards import RewardSpec
@@ -58,6 +58,7 @@ __all__ = [
     "load_config",
     "parse_command_line",
     "read_config",
+    "resolve",
     "stage_of",
     "world_size",
 ]

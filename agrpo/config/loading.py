@@ -44,7 +44,26 @@ def load_config(
             "preferences: has no default: give --config FILE, such as configs/smollm2-135m/preferences.yaml"
         )
     path = path or _CONFIGS / "quickstart" / f"{stage}.yaml"
-    values = _with_method(stage, read_config(path, stage, note), overrides)
+    return resolve(stage, read_config(path, stage, note), path, overrides, note=note)
+
+
+def resolve(
+    stage: str,
+    values: dict[str, Any],
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    models_exist: bool = True,
+    note: Note = lambda text: None,
+) -> Any:
+    """The same of a file's values that have been read.
+
+    Args:
+        path: where the values come from, for errors.
+        models_exist: refuse a model of a run that no stage has made yet.
+        note: is told of each of TRL's keys, and what stands for it.
+    """
+    values = _with_method(stage, values, overrides)
     flat: dict[str, Any] = {}
     for override in overrides:
         is_flat = trl.is_flat(override.partition("=")[0], stage)
@@ -55,7 +74,7 @@ def load_config(
         config = STAGES[stage].model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error, STAGES[stage], path)) from None
-    return _with_previous_stage(config, path)
+    return _with_previous_stage(config, path, models_exist)
 
 
 def _with_method(stage: str, values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -84,8 +103,8 @@ def _in_run(value: Any, root: str) -> Any:
     return value.replace("{run}", root) if isinstance(value, str) else value
 
 
-def _with_previous_stage(config: Any, path: Path) -> Any:
-    """Fill in the model that the previous stage left, and check that every model of this run that is named exists."""
+def _with_previous_stage(config: Any, path: Path, models_exist: bool) -> Any:
+    """Fill in the model that the previous stage left; with `models_exist`, every model of a run must be there."""
     model = config.model
     if model.name_or_path is None and model.gguf is None and model.config is None:
         model = model.model_copy(update={"name_or_path": str(config.run_root / "sft" / "model")})
@@ -100,7 +119,7 @@ def _with_previous_stage(config: Any, path: Path) -> Any:
         rewards = _with_reward_model(config.evaluation.rewards, config)
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"rewards": rewards})})
         named += [(f"evaluation.rewards: {spec.label}", spec.parameters.get("model")) for spec in rewards]
-    for key, name in named:
+    for key, name in named if models_exist else ():
         if name and Path(name).parts[:1] == config.run.dir.parts[:1] and not Path(name).exists():
             stage = "stage2_reward" if "/reward/" in name else "stage1_sft"
             raise ConfigError(

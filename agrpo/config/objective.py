@@ -59,6 +59,7 @@ class ObjectiveConfig(Section):
     kl_in: Literal["loss", "reward"] = "loss"  # reward: −β·(log π − log π_ref) of each token, before the advantages
     epsilon_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epsilon_high: Positive = 0.2
+    clip: bool = True  # false: the plain ρ·A of every token, whatever its ratio
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
     group_loss: GroupLossConfig = GroupLossConfig()
@@ -69,6 +70,13 @@ class ObjectiveConfig(Section):
     sampler_cap: Annotated[float, Field(gt=1)] = 2.0
     value_coef: Positive = 0.5  # weight of the value loss, with advantage.kind: gae
     value_clip: Positive | None = 0.2  # how far an update may move a value from the rollout's
+    watch_kl: bool = False  # keep the reference, and report the divergence from it, where no term of the loss needs it
+
+    @model_validator(mode="after")
+    def _one_clip(self) -> Self:
+        if self.dual_clip is not None and not self.clip:
+            raise ValueError("dual_clip: a bound of the loss, where clip: false asks for none; leave out one of them")
+        return self
 
 
 class AdvantageConfig(Section):

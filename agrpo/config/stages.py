@@ -148,7 +148,7 @@ class PolicyConfig(StageConfig):
         adaptive = self.controllers.beta.kind == "adaptive"
         penalised = self.objective.kl != "none" and (self.objective.beta > 0 or adaptive)
         grouped = self.controllers.lambda_.kind == "adaptive" or self.controllers.lambda_.value > 0
-        return penalised or grouped
+        return penalised or grouped or self.objective.watch_kl
 
     @property
     def corrects_sampler(self) -> bool:
@@ -251,7 +251,7 @@ class PolicyConfig(StageConfig):
                 "objective.epsilon_low",
                 self.objective.epsilon_low,
                 self.controllers.epsilon,
-                self.objective.updates_per_rollout > 1,
+                self.objective.updates_per_rollout > 1 and self.objective.clip,
             ),
             ("entropy", "objective.entropy_coef", self.objective.entropy_coef, self.controllers.entropy, True),
         ):

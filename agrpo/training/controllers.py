@@ -67,6 +67,8 @@ class Controllers:
         self.epsilon: AdaptiveEpsilon | Fixed = Fixed(objective.epsilon_low)
         if objective.updates_per_rollout == 1:
             self.notes.append("ε inert: with one update a rollout the ratio is 1 and nothing is clipped")
+        elif not objective.clip:
+            self.notes.append("ε inert: objective.clip is false")
         elif chosen.epsilon.kind == "adaptive":
             target = chosen.epsilon.target or objective.epsilon_low**2 / 8
             c = chosen.epsilon

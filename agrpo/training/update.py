@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -30,6 +31,8 @@ from agrpo.training.batches import Sequences, in_step, micro_batches
 from agrpo.training.buffer import Buffer
 from agrpo.training.preference import RankedBatch, flips, implicit_scores, strata_of_all_ranks, to_device
 from agrpo.types import Experience
+
+_UNCLIPPED = (1.0, math.inf)  # ratios are never negative: [1 − 1, 1 + ∞] holds none of them
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def update_policy(
     """
     objective, temperature = config.objective, config.sampling.temperature
     batches, totals = _micro_batches(engine, experience, coefficients, config)
-    epsilon_high = coefficients.epsilon * objective.epsilon_high / objective.epsilon_low
+    epsilon = coefficients.epsilon, coefficients.epsilon * objective.epsilon_high / objective.epsilon_low
+    epsilon_low, epsilon_high = epsilon if objective.clip else _UNCLIPPED
     from_data = 0.0 if ranked is None or ranked.totals["weight/0"] == 0 else objective.group_loss.ranked.ratio
     old: list[Tensor | None] = [None] * len(batches)
     weights = [batch.weights for batch in batches]
@@ -116,7 +120,7 @@ def update_policy(
                 batch.advantages,
                 lengths,
                 weights=weights[b],
-                epsilon_low=coefficients.epsilon,
+                epsilon_low=epsilon_low,
                 epsilon_high=epsilon_high,
                 beta=coefficients.beta if objective.kl_in == "loss" else 0.0,
                 entropy_coef=coefficients.entropy,

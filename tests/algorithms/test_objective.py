@@ -416,3 +416,14 @@ def test_sampler_weights_refuse_what_they_do_not_know():
         sampler_weights(logp, logp, LENGTHS, "none", 2.0)
     with pytest.raises(ValueError, match="cap must be above 1"):
         sampler_weights(logp, logp, LENGTHS, "token", 1.0)
+
+
+def test_a_range_without_ends_clips_nothing():
+    ratio = torch.tensor([0.0, 1e-6, 0.5, 1.0, 3.0, 4e8], dtype=torch.float64, requires_grad=True)
+    for advantage in (-2.0, 0.5):
+        advantages = torch.full((6,), advantage, dtype=torch.float64)
+        loss = clipped_surrogate(ratio, advantages, 1.0, math.inf)
+        assert loss.tolist() == (-ratio * advantage).tolist()
+        (gradient,) = torch.autograd.grad(loss.sum(), ratio)
+        assert gradient[1:].tolist() == [-advantage] * 5
+        assert clip_fractions(ratio, advantages, 1.0, math.inf)["region"] == 0

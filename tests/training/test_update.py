@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from agrpo.algorithms.segments import per_token
 from agrpo.config import AdvantageConfig, GroupLossConfig, PolicyConfig, PruningConfig, TrainingConfig
 from agrpo.training.batches import Sequences
+from agrpo.training.controllers import Controllers
 from agrpo.training.experience import estimate_advantages, prune
 from agrpo.training.preference import RankedBatch
 from agrpo.training.schedule import learning_rate
@@ -168,6 +169,43 @@ def test_a_second_update_is_measured_against_the_policy_that_sampled():
     share = torch.cat(held).float().mean().item()
     assert share > 0.05
     assert metrics["clip_ratio/region_mean"] == pytest.approx(share, abs=0.02)
+
+
+def test_without_a_clip_the_second_update_is_the_plain_ratio_times_the_advantage():
+    engine, policy, _ = moved()
+    what = experience()
+    old = [logp.detach() for logp, _ in plain_logprobs(policy, what)]
+    once, _, _ = moved()
+    update(once, what)
+    policy.load_state_dict({name.removeprefix("lm."): p.detach() for name, p in once.module.named_parameters()})
+    metrics = update(engine, what, updates_per_rollout=2, clip=False)
+    ratios = [(logp - before).exp() for (logp, _), before in zip(plain_logprobs(policy, what), old, strict=True)]
+    plain = [-(r * a).mean() for r, a in zip(ratios, of_completions(what), strict=True)]
+    assert metrics["agrpo/policy_loss"] == pytest.approx(torch.stack(plain).mean().item(), abs=2e-5)
+    assert metrics["clip_ratio/region_mean"] == 0
+    clipped = moved()[0]
+    assert update(clipped, what, updates_per_rollout=2)["agrpo/policy_loss"] != metrics["agrpo/policy_loss"]
+
+
+def test_epsilon_rests_where_nothing_is_clipped():
+    config = PolicyConfig(
+        data={"source": "python:agrpo.data.tasks.chains:problems"},
+        rewards=[{"target": "reward_models.rules.accuracy"}],
+        training={"max_steps": 1},
+        objective={"clip": False, "epsilon_low": 0.05},  # outside the bounds of a controller that rests
+    )
+    held = Controllers(config)
+    assert "ε inert: objective.clip is false" in held.notes
+    held.observe({"agrpo/kl_symmetric": 0.01, "agrpo/kl_update": 1.0, "entropy": 0.3, "reward_std": 0.5})
+    assert held.metrics()["agrpo/epsilon"] == 0.05
+
+
+def test_a_kl_that_nothing_penalises_is_still_measured():
+    engine, _, _ = moved()
+    metrics = update(engine, experience(), kl="none", beta=0.0)
+    assert metrics["kl"] == 0 and metrics["loss"] == pytest.approx(metrics["agrpo/policy_loss"])
+    penalised = update(moved()[0], experience(), beta=0.3)
+    assert metrics["agrpo/kl_symmetric"] == pytest.approx(penalised["agrpo/kl_symmetric"]) != 0
 
 
 def test_with_preferences_alone_the_loss_is_dpos():

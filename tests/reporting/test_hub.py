@@ -100,7 +100,11 @@ def model(tmp_path_factory):
 
 def variables(hub, token=TOKEN):
     kept = {key: value for key, value in environment().items() if not key.startswith(("HF_", "HUGGING"))}
-    return kept | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"} | ({"HF_TOKEN": token} if token else {})
+    return (
+        kept
+        | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        | ({"HF_TOKEN": token} if token else {})
+    )
 
 
 def push(hub, model, *arguments, token=TOKEN):

@@ -94,6 +94,7 @@ def test_samples_say_prompt_completion_rewards_and_advantage(run):
     assert max(map(abs, ratios[0])) < 2e-3, "the policy begins as the reference"
     assert max(map(abs, ratios[4])) > 2e-3, "and has moved away by the last step"
     assert "finished its 5 steps" in (run / "report.html").read_text()
+    assert (run / "agrpo" / "report.html").read_text() == (run / "report.html").read_text()
 
 
 def test_the_summary_has_the_promised_shape(run):

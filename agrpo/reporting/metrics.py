@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sys
 import time
 from collections import deque
@@ -167,6 +168,7 @@ class RunLog:
         run = self._directory.parent
         try:
             write_report([run], run / REPORT)
+            shutil.copyfile(run / REPORT, self._directory / REPORT)
         except Exception as error:  # the run is worth more than its picture: said, and the run goes on
             self.note(f"{REPORT} was not written: {type(error).__name__}: {error}")
         ended = time.monotonic()

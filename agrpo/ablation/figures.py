@@ -112,11 +112,12 @@ def _radar(axis: Any, found: Comparison, rows: list[str], name: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     title = MEASURES[name][0]
-    angles = [2 * math.pi * i / len(rows) for i in range(len(rows))]
+    angles, start = [2 * math.pi * i / len(rows) for i in range(len(rows))], _start(found, name)
     for place, method, color in _methods(found):
         means = [_mean(found.line(row, method).estimates.get(name)) for row in rows]
         seeds = [[c.values[name] for c in found.cells if (c.row, c.method) == (row, method)] for row in rows]
-        low, high = ([end(s) if s else math.nan for s in seeds] for end in (min, max))
+        # A radius below the centre would come out on the other side.
+        low, high = ([max(start, end(s)) if s else math.nan for s in seeds] for end in (min, max))
         closed = [*angles, angles[0]]
         axis.plot(closed, [*means, means[0]], color=color, linewidth=1.6, marker="o", markersize=3, zorder=3 + place)
         axis.fill_between(closed, [*low, low[0]], [*high, high[0]], color=color, alpha=0.22, linewidth=0)
@@ -129,7 +130,7 @@ def _radar(axis: Any, found: Comparison, rows: list[str], name: str) -> None:
         text = found.plan.grid.rows[row].label
         at = {"ha": where, "va": "center", "fontsize": 8, "transform": axis.get_xaxis_transform()}
         axis.text(angle, 1.07, text.replace(", ", ",\n"), **at)
-    axis.set_ylim(bottom=_start(found, name))
+    axis.set_ylim(bottom=start)
     axis.set_rlabel_position(180 / len(rows))
     axis.tick_params(axis="y", labelsize=7, labelcolor="#888888")
     axis.yaxis.set_major_locator(MaxNLocator(4))

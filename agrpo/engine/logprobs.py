@@ -55,34 +55,35 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         parts = _tokens(len(targets))
         grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32 if len(parts) > 1 else weight.dtype)
+        if ctx.needs_input_grad[1]:  # with one part each slice of it is written whole
+            grad_weight = torch.empty_like(weight) if len(parts) == 1 else torch.zeros_like(weight, dtype=torch.float32)
         for part in parts:
             h, y = hidden[part], targets[part]
             factor = (of_logp[part, None] * -ctx.scale).float()  # ∂logp/∂z = onehot − p, times the scale
             scaled = (h * factor).to(h.dtype)  # (c, H) so that p itself is the matrix of both products
             own = None if grad_hidden is None else grad_hidden[part]
-            for rows in _slices(len(y), weight):
+            room = _Room(h, weight, ctx.scale)
+            for rows in room.slices:
                 w = weight[rows]
-                log_p = _logits(h, w, ctx.scale).sub_(norm[part, None])
+                log_p = room.logits(w).sub_(norm[part, None])
                 if of_entropy is None:
                     p = log_p.exp_()
                     _minus_one_at(p, y, rows)
-                    p = p.to(h.dtype)
+                    p = room.halved(p)
                     if own is not None:
                         own.add_(p @ w)
                     if grad_weight is not None:
-                        _add(grad_weight, rows, p.t() @ scaled, first=len(parts) == 1)
+                        _put(grad_weight[rows], p, scaled, first=len(parts) == 1)
                     continue
-                grad = log_p.exp()
+                grad = room.exp(log_p)
                 log_p.add_(entropy[part, None]).mul_(of_entropy[part, None] * -ctx.scale)
                 log_p.mul_(grad)  # ∂H/∂z = −p·(log p + H)
                 _minus_one_at(grad, y, rows)
-                grad = grad.mul_(factor).add_(log_p).to(h.dtype)
+                grad = room.halved(grad.mul_(factor).add_(log_p))
                 if own is not None:
                     own.add_(grad @ w)
                 if grad_weight is not None:
-                    _add(grad_weight, rows, grad.t() @ h, first=len(parts) == 1)
+                    _put(grad_weight[rows], grad, h, first=len(parts) == 1)
             if own is not None and of_entropy is None:
                 own.mul_(factor)
         return (
@@ -97,8 +98,9 @@ def _statistics(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -
     """(c,) log-probabilities, entropies and log-normalisers, by a running maximum over the vocabulary's slices."""
     most = hidden.new_full((len(targets),), -torch.inf, dtype=torch.float32)
     total, moment, chosen = (torch.zeros_like(most) for _ in range(3))  # Σ e^(z−m), Σ e^(z−m)·(z−m), z at the target
-    for rows in _slices(len(targets), weight):
-        z = _logits(hidden, weight[rows], scale)  # (c, v)
+    room = _Room(hidden, weight, scale)
+    for rows in room.slices:
+        z = room.logits(weight[rows])  # (c, v)
         inside = (targets >= rows.start) & (targets < rows.stop)
         there = (targets - rows.start).clamp_(0, z.shape[1] - 1)
         chosen = torch.where(inside, z.gather(1, there[:, None])[:, 0], chosen)
@@ -107,18 +109,48 @@ def _statistics(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -
         keep = shift.exp()
         moment = torch.where(keep > 0, keep * (moment + shift * total), 0.0)
         total *= keep
-        e = z.sub_(now[:, None]).exp()
+        e = room.exp(z.sub_(now[:, None]))
         total += e.sum(1)
-        moment += torch.bmm(e[:, None], z[:, :, None])[:, 0, 0]
+        moment += e.mul_(z).sum(1)
         most = now
     norm = most + total.log()
     return chosen - norm, norm - most - moment / total, norm  # H = log Z − E[z]
 
 
-def _logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """(c, v) float32."""
-    z = (hidden @ weight.t()).float()
-    return z if scale == 1 else z.mul_(scale)
+class _Room:
+    """Memory for one slice after the other: fresh pages for each would cost more than what is computed in them.
+
+    Args:
+        hidden: (c, H).
+        weight: (V, H), of which `slices` says the rows of each slice.
+        scale: of the logits.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, scale: float) -> None:
+        self.slices = list(_slices(len(hidden), weight))
+        size = len(hidden) * (self.slices[0].stop - self.slices[0].start)
+        self._hidden, self._scale = hidden, scale
+        self._product = hidden.new_empty(size)
+        exact = hidden.dtype == torch.float32
+        self._z = self._product if exact else hidden.new_empty(size, dtype=torch.float32)
+        self._e = torch.empty_like(self._z)
+
+    def logits(self, weight: Tensor) -> Tensor:
+        """(c, v) float32."""
+        product = self._of(self._product, len(weight))
+        torch.mm(self._hidden, weight.t(), out=product)
+        z = product if product.dtype == torch.float32 else self._of(self._z, len(weight)).copy_(product)
+        return z if self._scale == 1 else z.mul_(self._scale)
+
+    def exp(self, z: Tensor) -> Tensor:
+        return torch.exp(z, out=self._of(self._e, z.shape[1]))
+
+    def halved(self, p: Tensor) -> Tensor:
+        """p in the precision of the matrices; the logits' products are gone."""
+        return p if self._hidden.dtype == torch.float32 else self._of(self._product, p.shape[1]).copy_(p)
+
+    def _of(self, room: Tensor, width: int) -> Tensor:
+        return room[: len(self._hidden) * width].view(len(self._hidden), width)
 
 
 def _minus_one_at(p: Tensor, targets: Tensor, rows: slice) -> None:
@@ -127,11 +159,12 @@ def _minus_one_at(p: Tensor, targets: Tensor, rows: slice) -> None:
     p[inside, targets[inside] - rows.start] -= 1
 
 
-def _add(grad_weight: Tensor, rows: slice, part: Tensor, first: bool) -> None:
+def _put(grad_weight: Tensor, p: Tensor, states: Tensor, first: bool) -> None:
+    """pᵀ·states into a slice of the head's gradient, or onto it."""
     if first:
-        grad_weight[rows] = part
+        torch.mm(p.t(), states, out=grad_weight)
     else:
-        grad_weight[rows] += part
+        grad_weight += p.t() @ states
 
 
 def _tokens(count: int) -> list[slice]:

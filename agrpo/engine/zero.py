@@ -33,6 +33,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 # On a CPU DeepSpeed would compile a shared-memory collective at start-up: that takes a compiler, and gloo will do.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+_GROUPS = 16  # of parameters that the optimiser steps one after the other
 BUCKET = 50_000_000  # numbers of one reduction at most: its buffer, allocated whole, would else be ten times that
 
 
@@ -43,7 +44,7 @@ def initialize(
     config = _config(module, engine, training, dtype)
     if kernel_tokens is not None:
         config["hybrid_engine"] = {"enabled": True, "max_out_tokens": kernel_tokens}
-    made, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, training), config=config)
+    made, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, training, engine.zero_stage), config=config)
     return made
 
 
@@ -96,15 +97,29 @@ class KernelRollout:
         return batch.input_ids[:, ids.shape[1] :]
 
 
-def _optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+def _optimizer(module: nn.Module, training: TrainingConfig, zero_stage: int) -> torch.optim.Optimizer:
     trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
+    decays = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": training.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=training.learning_rate, betas=training.betas, fused=True
-    )
+    # ZeRO 1 and 2 copy the gradient of one group at a time to float32: small groups keep that copy small.
+    share = sum(p.numel() for p in trainable) // _GROUPS if zero_stage in (1, 2) else 0
+    groups = [{**group, "params": part} for group in decays for part in _parts(group["params"], share)]
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
+
+
+def _parts(parameters: list[nn.Parameter], size: int) -> list[list[nn.Parameter]]:
+    """Runs of parameters with `size` numbers and more, in order; all in one for 0."""
+    parts: list[list[nn.Parameter]] = []
+    count = 0
+    for parameter in parameters:
+        if not parts or (size and count >= size):
+            parts.append([])
+            count = 0
+        parts[-1].append(parameter)
+        count += parameter.numel()
+    return parts
 
 
 def _config(module: nn.Module, engine: EngineConfig, training: TrainingConfig, dtype: str) -> dict[str, Any]:

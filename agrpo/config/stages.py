@@ -237,6 +237,11 @@ class PolicyConfig(StageConfig):
             raise ValueError(
                 "model.lora.dropout: log-probabilities of the same tokens must not be noisy here; set it to 0"
             )
+        if self.engine.sample_from == "layers" and self.rollout.backend in ("vllm", "server"):
+            raise ValueError(
+                f"engine.sample_from: layers is native's way, and {self.rollout.backend} reads whole weights: set it to"
+                " auto, or rollout.backend to native"
+            )
         _refuse_new_model(self.model)
         _require_temperatures(self.rollout, sampling=self.sampling, evaluation=self.evaluation)
         self._controllers_start_inside()

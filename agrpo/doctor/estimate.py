@@ -17,9 +17,12 @@ from agrpo.doctor import memory, timing
 from agrpo.doctor.machine import capacity
 from agrpo.doctor.memory import Batch, Shape
 from agrpo.doctor.timing import Speeds
-from agrpo.engine.attention import why_not_flat
+from agrpo.engine import zero
+from agrpo.engine.attention import head_size, why_not_flat
+from agrpo.engine.backends.build import require_backend
 from agrpo.known_models import ARCHITECTURES
 from agrpo.models import ModelError, gguf_file, make_trainable
+from agrpo.types import InputError
 
 _CHARACTERS = 128  # a character tokenizer's vocabulary before it has seen the data
 
@@ -76,7 +79,7 @@ def shape_of(config: Any, found: PreTrainedConfig) -> Shape:
         lm = AutoModelForCausalLM.from_config(found)
     lm = make_trainable(lm, config.model)
     heads = found.num_attention_heads
-    size = getattr(found, "head_dim", None) or found.hidden_size // heads
+    size = head_size(found)
     return Shape(
         parameters=sum(p.numel() for p in lm.parameters()),
         trainable=sum(p.numel() for p in lm.parameters() if p.requires_grad),
@@ -237,12 +240,35 @@ def _free(machine: dict[str, Any]) -> tuple[int, float]:
     return (min(device["free"] for device in gpus), own) if gpus else (own, math.inf)
 
 
-def warnings(config: Any) -> list[str]:
-    """For a stage's log before it loads anything: that its configuration does not fit, and what would help most."""
+def require_possible(config: Any, found: PreTrainedConfig) -> None:
+    """Refuse what this machine's libraries cannot do with this model, before a weight is loaded.
+
+    Raises:
+        InputError: what is missing, and what to do.
+    """
+    if hasattr(config, "engine"):
+        zero.require_dtype(config.model.dtype)
+        zero.require_offload(config.engine)
+    if hasattr(config, "rollout"):
+        require_backend(config.rollout, found)
+
+
+def before_loading(config: Any) -> list[str]:
+    """What a stage asks first: it refuses what cannot run here, and returns notes: what may not fit, what would help.
+
+    Raises:
+        InputError: as `require_possible`.
+    """
     try:
-        s = setting(config, architecture(config))
+        found = architecture(config)
     except ModelError:
         return []  # the stage itself is about to say so
+    require_possible(config, found)
+    notes = zero.about_offload(config.engine) if hasattr(config, "engine") else []
+    return [*notes, *_warnings(setting(config, found))]
+
+
+def _warnings(s: Setting) -> list[str]:
     (device, host), (free, host_free) = totals(s), _free(capacity())
     if device <= free and host <= host_free:
         return []
@@ -266,6 +292,10 @@ def estimate(config: Any, machine: dict[str, Any], speeds: Callable[[torch.dtype
     device, host = totals(s)
     free, host_free = _free(machine)
     notes = ["memory and time are for texts at their longest; time is a lower bound, without rewards and evaluation"]
+    try:
+        require_possible(config, found)
+    except InputError as error:
+        notes.append(f"WARNING: this cannot run here: {error}")
     if not s.flat:
         notes.append(f"plain rows ({why_not_flat(found)}): activations and logits are larger than told here")
     if host > host_free:

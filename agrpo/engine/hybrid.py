@@ -64,6 +64,7 @@ class HybridEngine:
     ) -> None:
         distributed.start()
         zero.require_dtype(dtype)
+        zero.require_offload(engine)
         self.tokenizer, self.stop = tokenizer, list(stop)
         self.weight_version = 0
         self.skipped_steps = self.skipped_in_a_row = 0  # optimiser steps whose gradient was not finite

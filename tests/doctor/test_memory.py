@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from agrpo.config import LoraConfig, ModelConfig, load_config
 from agrpo.doctor import memory, timing
-from agrpo.doctor.estimate import architecture, estimate, parts, setting, shape_of, totals, warnings
+from agrpo.doctor.estimate import architecture, before_loading, estimate, parts, setting, shape_of, totals
 from agrpo.doctor.memory import Batch, Shape
 from agrpo.doctor.timing import Speeds
 from agrpo.engine.backends.native import _FlatCache
@@ -180,15 +180,15 @@ def test_known_models_have_the_published_number_of_parameters(name):
 
 def test_a_stage_that_cannot_fit_says_so(tmp_path, monkeypatch):
     config = policy_config(tmp_path)
-    assert warnings(config) == []
+    assert before_loading(config) == []
     monkeypatch.setattr("agrpo.doctor.estimate.capacity", lambda: machine(1 << 20))
-    (said,) = warnings(config)
+    (said,) = before_loading(config)
     assert "may not fit" in said and "0.0 GiB are free" in said and "activation_checkpointing" in said
     gpu = {"name": "small", "total": 1 << 20, "free": 1 << 20}
     monkeypatch.setattr("agrpo.doctor.estimate.capacity", lambda: {**machine(2**40), "devices": [gpu]})
-    assert len(warnings(config)) == 1
+    assert len(before_loading(config)) == 1
     nowhere = config.model_copy(update={"model": ModelConfig(name_or_path=str(tmp_path / "gone"))})
-    assert warnings(nowhere) == []  # loading it says what is wrong
+    assert before_loading(nowhere) == []  # loading it says what is wrong
 
 
 def test_time_follows_the_work():

@@ -237,9 +237,12 @@ def test_a_stage_samples_on_a_vllm_server_one_step_ahead(tmp_path):
 @needs_vllm
 def test_heads_that_it_has_no_attention_for_are_refused_in_words(tmp_path):
     model = tiny_policy(tmp_path / "model")
+    (model / "model.safetensors").unlink()  # before the weights are read
     done = launch("agrpo", *tiny("agrpo", tmp_path / "run", f"model.name_or_path={model}", "rollout.backend=vllm"))
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr[-2000:]
     assert "on a CPU has no attention for heads of 8 (it has 32, 64," in done.stderr
+    assert "use rollout.backend=native; or train the model with other heads from stage 1 on" in done.stderr
+    assert "model.config.num_attention_heads=1 model.config.num_key_value_heads=1 (heads of 32)" in done.stderr
 
 
 @needs_vllm
@@ -269,6 +272,20 @@ def test_temperatures_that_vllm_does_not_take_are_refused(monkeypatch, section):
     assert PolicyConfig(**values, **{section: {"temperature": 2.0}}).corrects_sampler
     with pytest.raises(ValueError, match=rf"{section}.temperature: vllm samples at 0.01 to 2, got 3.0"):
         PolicyConfig(**values, **{section: {"temperature": 3.0}})
+
+
+def test_samplers_that_read_whole_weights_refuse_to_go_layer_by_layer(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if it were installed
+    values = {
+        "data": {"source": "python:agrpo.data.tasks.chains:problems"},
+        "rewards": [{"target": "reward_models.rules.accuracy"}],
+        "training": {"max_steps": 1},
+        "engine": {"zero_stage": 3, "sample_from": "layers"},
+    }
+    assert PolicyConfig(**values)
+    for rollout in ({"backend": "vllm"}, {"backend": "server", "servers": {"urls": ["http://127.0.0.1:1"]}}):
+        with pytest.raises(ValueError, match=r"layers is native's way, and (vllm|server) reads whole weights"):
+            PolicyConfig(**values, rollout=rollout)
 
 
 @pytest.mark.skipif(HAS_VLLM, reason="vllm is installed")

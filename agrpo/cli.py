@@ -33,7 +33,8 @@ def usage() -> str:
 
 
 def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    near = [one for one in COMMANDS if one.startswith(name) or name.startswith(one)]
+    near = near or difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
     meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
     return f"no such command; {meant} agrpo --help tells what each does"
 

@@ -202,7 +202,7 @@ def savings(s: Setting) -> Iterator[tuple[str, int]]:
 
 
 def seconds_of_a_step(s: Setting, config: Any, speeds: Speeds) -> dict[str, float]:
-    """What a step's sampling and its update take, for texts at their longest."""
+    """What a step's sampling and its update take by the formulas, for texts at their longest."""
     found = {}
     policy = isinstance(config, PolicyConfig)
     if s.completion and policy:
@@ -227,10 +227,12 @@ def seconds_of_a_step(s: Setting, config: Any, speeds: Speeds) -> dict[str, floa
 
 
 def times(s: Setting, config: Any, speeds: Callable[[torch.dtype, int, int], Speeds]) -> dict[str, Any]:
-    """`seconds` of a step, by what they are for, and of the whole `run`."""
+    """`seconds` of a step, by what they are for, and of the whole `run`: the least and the most of each."""
     own = speeds(torch.bfloat16 if s.bytes == 2 else torch.float32, s.shape.hidden, s.shape.intermediate)
-    found = seconds_of_a_step(s, config, own)
-    return {"seconds": found, "run_seconds": sum(found.values()) * config.training.max_steps if s.trains else None}
+    told = seconds_of_a_step(s, config, own)
+    found = {name: [slack * told[name] for slack in timing.SLACK[name]] for name in told}
+    run = [sum(ends) * config.training.max_steps for ends in zip(*found.values(), strict=True)] if s.trains else None
+    return {"seconds": found, "run_seconds": run}
 
 
 def _free(machine: dict[str, Any]) -> tuple[int, float]:
@@ -291,7 +293,7 @@ def estimate(config: Any, machine: dict[str, Any], speeds: Callable[[torch.dtype
     s = setting(config, found)
     device, host = totals(s)
     free, host_free = _free(machine)
-    notes = ["memory and time are for texts at their longest; time is a lower bound, without rewards and evaluation"]
+    notes = ["memory and time are for texts at their longest; time is without rewards, evaluation and start-up"]
     try:
         require_possible(config, found)
     except InputError as error:

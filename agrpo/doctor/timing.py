@@ -17,7 +17,7 @@ LOGITS_PASSES = 12.0  # the same of float32 logits: log-softmax, entropy, and ag
 ADAM_PASSES = 12.0  # the same of a float32 number a parameter: gradient, moments, master, and their norms
 FORWARD_OPERATIONS = 70  # of a layer
 DECODE_OPERATIONS = 55  # of a layer, for a token of every line
-# Six models and shapes from 0.2 M to 135 M parameters took 1.68 to 2.33 times the told sampling, 1.26 to 2.38 the update.
+# Six models and shapes, 0.2 M to 135 M: sampling took 1.68 to 2.33 times what is counted, updates 1.26 to 2.38 times.
 SLACK = {"sampling": (1.5, 2.5), "update": (1.2, 2.5)}
 
 

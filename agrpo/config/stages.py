@@ -68,6 +68,15 @@ class StageConfig(Section):
             raise ValueError("model.quantization: ZeRO-3 would cut the packed weights: set engine.zero_stage to 0 to 2")
         return self
 
+    @model_validator(mode="after")
+    def _resumable(self) -> Self:
+        if self.engine.offload == "nvme" and self.checkpoint.every:
+            raise ValueError(
+                "checkpoint.every: DeepSpeed does not bring back the weights of a run with engine.offload: nvme: set it"
+                " to 0, or engine.offload to cpu"
+            )
+        return self
+
 
 class SFTConfig(StageConfig):
     """Stage 1: supervised fine-tuning."""

@@ -14,13 +14,14 @@ from tiny import FAMILIES, engine_of, ragged
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from agrpo.config import EngineConfig, LoraConfig, ModelConfig
+from agrpo.config import EngineConfig, LoraConfig, ModelConfig, load_config
 from agrpo.engine import zero
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy
 from agrpo.models import ModelError, make_trainable, merged_weights, quantise, save_language_model
 from agrpo.types import InputError, Prompt
+from agrpo.yaml_input import ConfigError
 
 HAS_ASYNC_IO = AsyncIOBuilder().is_compatible(verbose=False)
 # Built at first use, which takes minutes: deepspeed.ops.op_builder.AsyncIOBuilder().load()
@@ -68,6 +69,16 @@ def test_state_on_nvme_trains_as_state_in_memory(tmp_path, dtype):
     held = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
     count = sum(p.numel() for p in large().parameters())
     assert held >= 12 * 0.99 * count  # the master weights and Adam's two moments, those of the norms' weights excepted
+    with pytest.raises(InputError, match="engine.offload: nvme cannot resume: start over with checkpoint.resume=false"):
+        engine.load_state(str(tmp_path), "engine")
+
+
+def test_checkpoints_of_state_on_nvme_are_refused(tmp_path):
+    values = ["engine.zero_stage=3", "engine.offload=nvme", f"engine.offload_path={tmp_path}"]
+    config = ROOT / "configs" / "quickstart" / "sft.yaml"
+    assert load_config("sft", config, [*values, "checkpoint.every=0"])
+    with pytest.raises(ConfigError, match="checkpoint.every: DeepSpeed does not bring back the weights"):
+        load_config("sft", config, [*values, "checkpoint.every=5"])
 
 
 def test_nvme_without_asynchronous_io_is_refused_before_the_weights_are_read(tmp_path):

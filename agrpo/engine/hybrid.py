@@ -362,8 +362,8 @@ class HybridEngine:
         """
         if not self._resumable:
             raise InputError(
-                f"{directory}: a run with engine.offload: nvme cannot resume: start over with checkpoint.resume=false, or"
-                " use engine.offload=cpu"
+                f"{directory}: a run with engine.offload: nvme cannot resume: start over with checkpoint.resume=false,"
+                " or use engine.offload=cpu"
             )
         _, client_state = self._engine.load_checkpoint(directory, tag=tag)
         for name in _COUNTS:

@@ -69,7 +69,9 @@ def test_state_on_nvme_trains_as_state_in_memory(tmp_path, dtype):
     held = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
     count = sum(p.numel() for p in large().parameters())
     assert held >= 12 * 0.99 * count  # the master weights and Adam's two moments, those of the norms' weights excepted
-    with pytest.raises(InputError, match="engine.offload: nvme cannot resume: start over with checkpoint.resume=false"):
+    with pytest.raises(
+        InputError, match=r"engine\.offload: nvme cannot resume: start over with checkpoint.resume=false"
+    ):
         engine.load_state(str(tmp_path), "engine")
 
 
@@ -77,7 +79,7 @@ def test_checkpoints_of_state_on_nvme_are_refused(tmp_path):
     values = ["engine.zero_stage=3", "engine.offload=nvme", f"engine.offload_path={tmp_path}"]
     config = ROOT / "configs" / "quickstart" / "sft.yaml"
     assert load_config("sft", config, [*values, "checkpoint.every=0"])
-    with pytest.raises(ConfigError, match="checkpoint.every: DeepSpeed does not bring back the weights"):
+    with pytest.raises(ConfigError, match=r"checkpoint\.every: DeepSpeed does not bring back the weights"):
         load_config("sft", config, [*values, "checkpoint.every=5"])
 
 

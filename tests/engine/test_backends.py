@@ -12,16 +12,10 @@ import importlib.util
 import pytest
 import torch
 from rollout_servers import serving
-from tiny import SIZES, engine_of, follows, ragged, warped
+from tiny import FAMILIES, HEADS_OF_32, engine_of, follows, ragged, warped
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessorList,
     MinPLogitsWarper,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -122,13 +116,6 @@ STALE = {
     "deepspeed": keep_kernels,
     "deepspeed-interface": keep_kernels,
 }
-WIDE = {**SIZES, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-FAMILIES = {
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=True)),
-    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=False)),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDE, tie_word_embeddings=True)),
-    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**WIDE, head_dim=32, tie_word_embeddings=True)),
-}
 HEADS = ["llama-tied", "llama-untied", "qwen3-tied"]
 # Some prompts hold the end token and the pad token, which are one and the same here.
 PROMPTS = [
@@ -140,7 +127,7 @@ GREEDY = Sampling(12, greedy=True)
 
 def model(family):
     torch.manual_seed(0)
-    lm = FAMILIES[family]()
+    lm = FAMILIES[family](**HEADS_OF_32, **({"head_dim": 32} if family.startswith("qwen3") else {}))
     for weight in (p for p in lm.parameters() if p.ndim == 2):
         torch.nn.init.normal_(weight, std=0.18)  # greedy has no near ties, and tied heads do not merely repeat
     return lm

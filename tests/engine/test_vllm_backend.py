@@ -7,8 +7,7 @@ import pytest
 import torch
 from rollout_servers import server_process
 from stage_runs import LENGTH_REWARD, launch, rows, run_tiny, tiny, tiny_policy
-from tiny import SIZES, engine_of, ragged
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tiny import FAMILIES, HEADS_OF_32, engine_of, ragged
 
 from agrpo.config import LoraConfig, ModelConfig, PolicyConfig, RolloutConfig
 from agrpo.engine.backends.checking import SamplerMismatch
@@ -20,14 +19,6 @@ from agrpo.models import make_trainable, merged_weights
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed: bash scripts/setup.sh --vllm")
-HEADS_OF_32 = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # the least that it takes on CPU
-HEADS = {**SIZES, **HEADS_OF_32}
-FAMILIES = {
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**HEADS, tie_word_embeddings=True)),
-    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**HEADS, tie_word_embeddings=False)),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS, tie_word_embeddings=True)),
-    "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS, tie_word_embeddings=False)),
-}
 GREEDY = Sampling(12, greedy=True)
 CLOSE = 2e-5  # nats; measured in float32: at most 5.2e-6
 
@@ -41,7 +32,7 @@ def prompts():
 def model(family):
     """Sharp enough that greedy has no near ties; a tied head favours the token just read, and would soon be sure."""
     torch.manual_seed(0)
-    lm = FAMILIES[family]()
+    lm = FAMILIES[family](**HEADS_OF_32)
     torch.nn.init.normal_(lm.get_output_embeddings().weight, std=0.1 if family.endswith("-tied") else 0.3)
     return lm
 
@@ -58,7 +49,7 @@ def train(engine, rate=0.05):
 
 def plain(engine, family):
     """Unmodified transformers with the engine's weights as they are now, adapters merged."""
-    lm = FAMILIES[family]()
+    lm = FAMILIES[family](**HEADS_OF_32)
     engine.generation_mode()  # at ZeRO-3 this gathers them
     lm.load_state_dict(dict(merged_weights(engine.whole_policy.lm)))
     return lm.eval()

@@ -169,6 +169,19 @@ def test_bfloat16_is_within_its_rounding():
 
 
 @needs_vllm
+@pytest.mark.parametrize("stale", ["from the start", "after a step"])
+def test_in_bfloat16_a_stale_engine_fails_the_first_check(monkeypatch, stale):
+    it = engine(model("qwen2-untied"), zero_stage=2, dtype="bfloat16")
+    if stale == "after a step":
+        it.generate(prompts(), [2] * 3, Sampling(12), (0, 0))
+        train(it)
+    monkeypatch.setattr(it._backend, "_take_weights", lambda: None)
+    it._backend._checked = False
+    with pytest.raises(SamplerMismatch, match=r"where rounding explains 0\.2"):
+        it.generate(prompts(), [2] * 3, Sampling(12), (0, 1))
+
+
+@needs_vllm
 @pytest.mark.parametrize(("nproc", "zero_stage"), [(1, 0), (2, 0), (2, 3)])
 def test_stage_3_runs_on_it(tmp_path, nproc, zero_stage):
     model = tiny_policy(tmp_path / "model", **HEADS_OF_32)

@@ -65,7 +65,9 @@ def test_state_on_nvme_trains_as_state_in_memory(tmp_path, dtype):
     straight = engine_of(large(), 3, dtype)
     assert train(engine, rate=1e-3) == pytest.approx(train(straight, rate=1e-3), rel=1e-6)
     expected = weights(straight)
-    assert all(torch.allclose(value, expected[name], atol=1e-6) for name, value in weights(engine).items())
+    rounding = 0.0 if dtype == "float32" else 2**-7  # masters that differ by 1e-7 may round to neighbours
+    for name, value in weights(engine).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=rounding)
     held = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
     count = sum(p.numel() for p in large().parameters())
     assert held >= 12 * 0.99 * count  # the master weights and Adam's two moments, those of the norms' weights excepted

@@ -357,8 +357,8 @@ class HybridEngine:
     def load_state(self, directory: str, tag: str) -> None:
         """
         Raises:
-            InputError: a file holds more than tensors and plain values, or the state was on a drive: of that DeepSpeed
-                copies master weights and moments back, but neither the weights that compute nor the small ones.
+            InputError: a file holds more than tensors and plain values, or the state was on a drive: DeepSpeed
+                copies that back and skips all that it keeps in memory, small weights among it.
         """
         if not self._resumable:
             raise InputError(

@@ -72,8 +72,8 @@ class StageConfig(Section):
     def _resumable(self) -> Self:
         if self.engine.offload == "nvme" and self.checkpoint.every:
             raise ValueError(
-                "checkpoint.every: DeepSpeed does not bring back all of a run with engine.offload: nvme: set it to 0, or"
-                " engine.offload to cpu"
+                "checkpoint.every: DeepSpeed does not bring back all of a run with engine.offload: nvme: set it to 0,"
+                " or engine.offload to cpu"
             )
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from agrpo.chat.settings import ChatSettings
@@ -14,7 +15,7 @@ HELP = """/reset              begin anew
 /data NAME=VALUE    a column for the rewards, such as solution=42
 /pick N             go on from the N-th answer of the last turn (it is the first otherwise)
 /history            what has been said
-/quit               so does the end of the input
+/quit               so does the end of the input; Ctrl-C stops an answer
 """
 
 
@@ -23,15 +24,19 @@ class Speaks(Protocol):
 
     name: str
 
-    def answer(self, prompt: Text, settings: ChatSettings, turn: int, show: Callable[..., None]) -> list[Any]: ...
+    def answer(
+        self, prompt: Text, settings: ChatSettings, turn: int, show: Callable[[Sequence[str]], None]
+    ) -> list[Any]: ...
 
 
 class Screen(Protocol):
-    """Where answers appear."""
+    """Where answers appear: so many of each of the models with these titles, shown as they grow, then judged."""
 
     def say(self, text: str) -> None: ...
-    def watch(self, title: str, count: int) -> Callable[[Sequence[str]], None]: ...
-    def done(self, notes: Sequence[str]) -> None: ...
+    def begin(self, titles: Sequence[str], count: int) -> None: ...
+    def show(self, place: int, texts: Sequence[str]) -> None: ...
+    def judged(self, place: int, notes: Sequence[str]) -> None: ...
+    def end(self) -> None: ...
 
 
 Judge = Callable[[Text, Sequence[Any], dict[str, str]], list[str]]  # (prompt, answers, columns) → a note on each
@@ -73,6 +78,8 @@ class Conversation:
                     self._answer(text)
             except InputError as error:
                 self.screen.say(f"error: {error}")
+            except KeyboardInterrupt:
+                self.screen.say("stopped; nothing of this turn is kept")
 
     def _command(self, name: str, rest: str) -> None:
         rest = rest.strip()
@@ -111,22 +118,20 @@ class Conversation:
 
     def _answer(self, text: str) -> None:
         asked = [{"role": "user", "content": text}]
-        for place, speaker in enumerate(self.speakers):
-            prompt: Text = [*self.histories[place], *asked] if self.turns else text
-            title = speaker.name if len(self.speakers) > 1 else ""
-            show = self.screen.watch(title, self.settings.samples)
-            notes: list[str] = []
-            try:
-                answers = speaker.answer(prompt, self.settings, self.turn, show)
-                if self.judge is not None:
-                    notes = self.judge(prompt, answers, self.columns)
-            finally:
-                self.screen.done(notes)
-            self._last[place] = answers
-            if self.turns:
-                said = [*asked, {"role": "assistant", "content": answers[0].text}]
-                self.histories[place] = [*self.histories[place], *said]
-        self.turn += 1
+        several, found = len(self.speakers) > 1, []
+        self.screen.begin([speaker.name if several else "" for speaker in self.speakers], self.settings.samples)
+        try:
+            for place, speaker in enumerate(self.speakers):
+                prompt: Text = [*self.histories[place], *asked] if self.turns else text
+                answers = speaker.answer(prompt, self.settings, self.turn, partial(self.screen.show, place))
+                self.screen.judged(place, self.judge(prompt, answers, self.columns) if self.judge is not None else [])
+                found.append(answers)
+        finally:
+            self.screen.end()
+        self._last, self.turn = found, self.turn + 1
+        if self.turns:
+            for history, answers in zip(self.histories, found, strict=True):
+                history += [*asked, {"role": "assistant", "content": answers[0].text}]
 
     def _pick(self, rest: str) -> None:
         count = len(self._last[0])

@@ -116,11 +116,30 @@ def test_plain_prompts_have_no_history():
     assert heard == ["one", "two"] and out.count("--chat gives") == 2
 
 
+def test_an_interrupted_turn_leaves_no_trace():
+    class Interrupted(Parrot):
+        def answer(self, prompt, settings, turn, show):
+            if turn == 1 and len(self.heard) == 1:
+                self.heard.append(prompt)
+                show(["half an answ"])
+                raise KeyboardInterrupt
+            return super().answer(prompt, settings, turn, show)
+
+    one, other, out = Parrot(), Interrupted(), io.StringIO()
+    conversation = Conversation([one, other], Lines(out), ChatSettings())
+    conversation.run(["first", "stopped", "second"])
+    for parrot in (one, other):
+        turns = [[turn["content"] for turn in prompt] for prompt in parrot.heard]
+        assert turns == [["first"], ["first", "1:0", "stopped"], ["first", "1:0", "second"]]
+    assert "half an answ\nstopped; nothing of this turn is kept\n" in out.getvalue()
+
+
 def test_what_a_model_writes_cannot_steer_the_terminal():
     out = io.StringIO()
     lines = Lines(out)
-    show = lines.watch("", 1)
-    show(["a\x1b"])
-    show(["a\x1b[2Jb\x1b[31mc"])
-    lines.done([])
+    lines.begin([""], 1)
+    lines.show(0, ["a\x1b"])
+    lines.show(0, ["a\x1b[2Jb\x1b[31mc"])
+    lines.judged(0, [])
+    lines.end()
     assert "\x1b" not in out.getvalue() and "b" in out.getvalue() and out.getvalue().endswith("c\n")

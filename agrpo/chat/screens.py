@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from agrpo.reporting.metrics import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 NARROWEST = 36  # columns of a panel; where it would be narrower, panels go below each other
 
@@ -53,10 +56,10 @@ class Lines:
 class Panels:
     """A terminal: the answers side by side, growing as they are drawn; whole once they are all there."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
 
-        self.console = Console()
+        self.console = console or Console()
 
     def say(self, text: str) -> None:
         self.console.print(printable(text, "utf-8"), markup=False, highlight=False)

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from stage_runs import ROOT, environment, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agrpo.chat.conversation import Conversation
-from agrpo.chat.screens import Lines
+from agrpo.chat.screens import Lines, Panels
 from agrpo.chat.settings import ChatSettings
 from agrpo.chat.speaker import Answer, Speaker
 
@@ -143,3 +144,30 @@ def test_what_a_model_writes_cannot_steer_the_terminal():
     lines.judged(0, [])
     lines.end()
     assert "\x1b" not in out.getvalue() and "b" in out.getvalue() and out.getvalue().endswith("c\n")
+
+
+@pytest.mark.parametrize(
+    ("width", "titles", "count", "rows"),
+    [
+        (80, [""], 3, [["1", "2"], ["3"]]),
+        (200, [""], 3, [["1", "2", "3"]]),
+        (40, [""], 2, [["1"], ["2"]]),
+        (80, ["a", "b"], 1, [["a", "b"]]),
+        (200, ["a", "b"], 2, [["a 1", "b 1"], ["a 2", "b 2"]]),
+    ],
+)
+def test_panels_stand_beside_each_other_where_they_fit(width, titles, count, rows):
+    out = io.StringIO()
+    panels = Panels(Console(file=out, width=width, height=10))
+    panels.begin(titles, count)
+    text = " ".join(f"word{n}" for n in range(120))  # taller than the terminal
+    for place in range(len(titles)):
+        panels.show(place, [text] * count)
+        panels.judged(place, ["reward 1.000  [b]length[/b] 0.500"] * count)
+    panels.end()
+    shown = out.getvalue().splitlines()
+    assert [[t.strip("─ ") for t in line.split("╮")[:-1]] for line in shown if "╭" in line] == [
+        [f"╭─ {title}" for title in row] for row in rows
+    ]
+    assert all(len(line) <= width for line in shown)
+    assert out.getvalue().count("word119 ") == out.getvalue().count("[b]length[/b]") == count * len(titles)

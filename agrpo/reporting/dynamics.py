@@ -28,8 +28,8 @@ class Panel:
 
 PANELS = (
     Panel(("evaluation/pass1", "evaluation/greedy"), "Accuracy", "evaluation pass@1"),
-    Panel(("reward",), "Averaged reward", "running mean", smooth=True),
-    Panel(("reward",), "Training reward", "mean of a step"),
+    Panel(("reward",), "Averaged reward", "reward of a step", smooth=True),
+    Panel(("reward",), "Training reward", "reward of a step"),
     Panel(("agrpo/kl_symmetric", "kl"), "KL to the reference", "nats a token", smooth=True),
     Panel(("agrpo/advantage_variance",), "Advantage variance", "of a completion", smooth=True),
     Panel(("entropy",), "Entropy", "nats a token", smooth=True),
@@ -110,10 +110,12 @@ def plot_dynamics(runs: Mapping[str, Sequence[Path]], out: Path, colours: Sequen
         for axis, panel in zip(axes.flat, panels, strict=False):
             for i, (name, members) in enumerate(recorded.items()):
                 _draw(axis, panel, name, _curves(panel, members), colours[i % len(colours)])
-            axis.set(title=panel.title, xlabel="step", ylabel=panel.unit, xlim=(0, None))
+            unit = f"{panel.unit}, running mean" if panel.smooth else panel.unit
+            axis.set(title=panel.title, xlabel="step", ylabel=unit, xlim=(0, None))
             axis.xaxis.get_major_locator().set_params(integer=True)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
+        figure.align_ylabels(axes)
         _legend(figure, axes.flat, bands=any(len(members) > 1 for members in runs.values()))
         figure.savefig(out, dpi=150)
         pyplot.close(figure)
@@ -139,7 +141,7 @@ def _draw(axis, panel: Panel, name: str, curves: Sequence[Series], colour: str) 
     if not curves:
         return
     band = over_seeds(curves)
-    few = len(band.steps) < 30
+    few = len(band.steps) < 15
     label = f"{name} ({band.runs} runs)" if band.runs > 1 else name
     axis.plot(band.steps, band.mean, "o-" if few else "-", color=colour, label=label, linewidth=1.6, markersize=3)
     if band.runs > 1:
@@ -147,13 +149,15 @@ def _draw(axis, panel: Panel, name: str, curves: Sequence[Series], colour: str) 
 
 
 def _legend(figure, axes, bands: bool) -> None:
-    """Each line once, whichever panel has it, and how bands are read."""
+    """Each line once, whichever panel has it, and how to read them."""
     found = {}
     for axis in axes:
         for mark, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, mark)
     if len(found) > 1:
         figure.legend(found.values(), found, loc="outside upper left", ncols=min(4, len(found)), fontsize=10)
+    reading = "running means: of a twentieth of the steps, at least 5"
     if bands:
-        reading = "lines: means over seeds · bands: from the least seed to the greatest"
-        figure.text(0.995, 0.995, reading, ha="right", va="top", fontsize=8, color="#666666")
+        reading = f"lines: means over seeds · bands: from the least seed to the greatest · {reading}"
+    if bands or len(found) > 1:
+        figure.legend(handles=[], title=reading, title_fontsize=8, loc="outside lower right")

@@ -328,7 +328,8 @@ function tile(what, value, more) {
 }
 function comparison() {
   const columns = [...new Map(data.runs.flatMap((run) => run.measured).map((m) => [`${m.stage} ${m.what}`, m])).values()];
-  const name = (m) => `${TITLES[m.stage]} ${m.what}`;
+  const several = new Set(columns.map((m) => m.stage)).size > 1;
+  const name = (m) => (several ? `${TITLES[m.stage]} ${m.what}` : m.what);
   const value = (run, m) => (run.measured.find((other) => other.stage === m.stage && other.what === m.what) || {}).value;
   const rows = families().flatMap(([family, runs], i) => {
     const title = (text, strong) => el("td", { class: "name-of-run" }, runs.length > 1 && !strong ? null : key(colour(i)), strong ? el("strong", {}, text) : text);

@@ -82,6 +82,7 @@ def draw_radars(found: Comparison, out: Path) -> Path:
         size = (5.2 * len(RADARS), 4.7)
         polar = {"projection": "polar"}
         figure, axes = pyplot.subplots(1, len(RADARS), figsize=size, subplot_kw=polar, layout="constrained")
+        figure.get_layout_engine().set(wspace=0.1)
         for axis, name in zip(axes, RADARS, strict=True):
             _radar(axis, found, rows, name)
         _legend(figure, found, "lines: means over seeds · bands: from the least seed to the greatest")

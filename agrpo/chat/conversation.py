@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -121,17 +123,24 @@ class Conversation:
         several, found = len(self.speakers) > 1, []
         self.screen.begin([speaker.name if several else "" for speaker in self.speakers], self.settings.samples)
         try:
-            for place, speaker in enumerate(self.speakers):
-                prompt: Text = [*self.histories[place], *asked] if self.turns else text
-                answers = speaker.answer(prompt, self.settings, self.turn, partial(self.screen.show, place))
-                self.screen.judged(place, self.judge(prompt, answers, self.columns) if self.judge is not None else [])
-                found.append(answers)
+            with _stopped_between_tokens() as check:
+                for place, speaker in enumerate(self.speakers):
+                    prompt: Text = [*self.histories[place], *asked] if self.turns else text
+                    show = partial(self._show, place, check)
+                    answers = speaker.answer(prompt, self.settings, self.turn, show)
+                    notes = self.judge(prompt, answers, self.columns) if self.judge is not None else []
+                    self.screen.judged(place, notes)
+                    found.append(answers)
         finally:
             self.screen.end()
         self._last, self.turn = found, self.turn + 1
         if self.turns:
             for history, answers in zip(self.histories, found, strict=True):
                 history += [*asked, {"role": "assistant", "content": answers[0].text}]
+
+    def _show(self, place: int, check: Callable[[], None], texts: Sequence[str]) -> None:
+        check()
+        self.screen.show(place, texts)
 
     def _pick(self, rest: str) -> None:
         count = len(self._last[0])
@@ -142,3 +151,25 @@ class Conversation:
         for history, answers in zip(self.histories, self._last, strict=True):
             history[-1] = {"role": "assistant", "content": answers[int(rest) - 1].text}
         self.screen.say(f"going on from answer {rest}")
+
+
+@contextmanager
+def _stopped_between_tokens() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits for the next check, so that no answer is left half drawn; a second one does not wait."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)

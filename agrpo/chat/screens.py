@@ -101,7 +101,7 @@ class Panels:
         most = None if whole else max(1, self.console.height // rows - 4)
         grid = Table.grid(expand=True)
         for _ in range(columns):
-            grid.add_column(ratio=1)
+            grid.add_column(ratio=1, overflow="fold")
         for start in range(0, len(cells), columns):
             grid.add_row(*(self._panel(place, n, width, most) for place, n in cells[start : start + columns]))
         return grid
@@ -113,11 +113,11 @@ class Panels:
 
         several = len(self._texts[place]) > 1
         title = " ".join(filter(None, [_end_of(self._titles[place], width - 6), str(n + 1) if several else ""]))
-        text = Text(printable(self._texts[place][n], "utf-8"))
+        text = Text(printable(self._texts[place][n], "utf-8"), overflow="fold")
         if most is not None:
-            text = Text("\n").join(list(text.wrap(self.console, width))[-most:])
+            text = Text("\n", overflow="fold").join(list(text.wrap(self.console, width))[-most:])
         note = self._notes[place][n]
-        body = Group(text, Text(printable(note, "utf-8"), style="dim")) if note else text
+        body = Group(text, Text(printable(note, "utf-8"), style="dim", overflow="fold")) if note else text
         return Panel(body, title=Text(printable(title, "utf-8")) if title else None, title_align="left")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import signal
 import subprocess
 import sys
 
@@ -146,6 +147,22 @@ def test_what_a_model_writes_cannot_steer_the_terminal():
     assert "\x1b" not in out.getvalue() and "b" in out.getvalue() and out.getvalue().endswith("c\n")
 
 
+def test_ctrl_c_stops_between_tokens():
+    class Busy(Parrot):
+        def answer(self, prompt, settings, turn, show):
+            show(["one"])
+            signal.raise_signal(signal.SIGINT)
+            self.heard.append("goes on to the next token")
+            show(["one two"])
+            raise AssertionError("was not stopped")
+
+    busy, out = Busy(), io.StringIO()
+    Conversation([busy], Lines(out), ChatSettings()).run(["hello"])
+    assert busy.heard == ["goes on to the next token"]
+    assert out.getvalue() == "one\nstopped; nothing of this turn is kept\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize(
     ("width", "titles", "count", "rows"),
     [
@@ -160,7 +177,7 @@ def test_panels_stand_beside_each_other_where_they_fit(width, titles, count, row
     out = io.StringIO()
     panels = Panels(Console(file=out, width=width, height=10))
     panels.begin(titles, count)
-    text = " ".join(f"word{n}" for n in range(120))  # taller than the terminal
+    text = " ".join(f"word{n}" for n in range(120)) + " " + "long" * 60 + "!"  # taller, and a word wider, than all
     for place in range(len(titles)):
         panels.show(place, [text] * count)
         panels.judged(place, ["reward 1.000  [b]length[/b] 0.500"] * count)
@@ -170,4 +187,5 @@ def test_panels_stand_beside_each_other_where_they_fit(width, titles, count, row
         [f"╭─ {title}" for title in row] for row in rows
     ]
     assert all(len(line) <= width for line in shown)
+    assert "…" not in out.getvalue() and out.getvalue().count("!") == count * len(titles)
     assert out.getvalue().count("word119 ") == out.getvalue().count("[b]length[/b]") == count * len(titles)

@@ -291,7 +291,7 @@ function reliability(run) {
     surface.replaceChildren();
     const yTicks = ticks(lowest, 1, 4), xTicks = ticks(0.5, 1, 5);
     for (const t of yTicks) surface.append(svg("line", { class: "grid", x1: left, x2: right, y1: y(t), y2: y(t) }), svg("text", { x: left - 6, y: y(t) + 4, "text-anchor": "end" }, tickText(t, yTicks, true)));
-    for (const t of xTicks) surface.append(svg("text", { x: x(t), y: height - 5, "text-anchor": t === 1 ? "end" : "middle" }, tickText(t, xTicks, true)));
+    for (const t of xTicks) surface.append(svg("text", { x: x(t), y: height - 5, "text-anchor": t > 0.99 ? "end" : "middle" }, tickText(t, xTicks, true)));
     surface.append(svg("line", { class: "bound", x1: x(0.5), x2: x(1), y1: y(0.5), y2: y(1) }));
     for (const [sure, right_, count] of bins) surface.append(svg("circle", { cx: x(sure), cy: y(right_), r: 2.5 + 6 * Math.sqrt(count / most), fill: colour(0), opacity: 0.75 }));
   }]);
@@ -310,7 +310,7 @@ function headline() {
     if (m.stage === "sft" && run.measured.some((other) => other.stage === "agrpo")) continue;
     const before = m.stage === "agrpo" && sft.find((other) => other.what === m.what);
     const change = before ? `${m.value >= before.value ? "+" : "−"}${Math.abs(100 * (m.value - before.value)).toFixed(1)} points on SFT` : m.interval ? `${number(m.interval[0], true)} to ${number(m.interval[1], true)}` : TITLES[m.stage];
-    tiles.push(tile(m.stage === "reward" ? "reward model pairs" : m.what, number(m.value, true), change));
+    tiles.push(tile(m.stage === "reward" ? "reward model pairs" : m.stage === "sft" && run.stages.agrpo ? `SFT ${m.what}` : m.what, number(m.value, true), change));
   }
   const stage = Object.keys(run.stages)[0], shown = run.stages[stage];
   const recent = (name) => shown.series[name] && smoothed(shown.series[name][1]).at(-1);
@@ -367,7 +367,7 @@ function stageSection(stage) {
     const list = specs === "components" ? components(runs, stage) : specs;
     const figures = list.map((spec) => spec.histogram ? histogram(spec) : chart(spec, stage)).filter(Boolean);
     if (stage === "reward") figures.push(...[reliability(runs[0])].filter(Boolean));
-    return figures.length ? [title ? el("h3", {}, title) : el("h3", {}, "Curves over the steps"), el("div", { class: figures.length === 4 ? "charts four" : "charts" }, figures)] : [];
+    return figures.length ? [title ? el("h3", {}, title) : el("h3", {}, "Curves over the steps"), el("div", { class: figures.length % 3 === 1 && figures.length > 1 ? "charts four" : "charts" }, figures)] : [];
   });
   const told = runs.length === 1 ? `${runs[0].stages[stage].step} of ${runs[0].stages[stage].total} steps, ${duration(runs[0].stages[stage].seconds)}` : `${runs.length} runs${data.runs.some((r) => r.family !== r.name) ? "; a band spans the seeds of a family, the line is their mean" : ""}`;
   return section(`stage-${stage}`, TITLES[stage], el("div", { class: "quiet" }, told), groups);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from agrpo.reporting.metrics import printable
@@ -72,6 +72,7 @@ class Panels:
         self._notes: list[Sequence[str]] = [[""] * count for _ in titles]
         self._live = Live(self._grid(), console=self.console, auto_refresh=False, transient=True)
         self._live.start()
+        self._with_echo = _without_echo()
 
     def show(self, place: int, texts: Sequence[str]) -> None:
         self._texts[place] = texts
@@ -83,6 +84,7 @@ class Panels:
 
     def end(self) -> None:
         self._live.stop()
+        self._with_echo()
         self.console.print(self._grid(whole=True))
 
     def _grid(self, *, whole: bool = False) -> object:
@@ -119,6 +121,19 @@ class Panels:
         note = self._notes[place][n]
         body = Group(text, Text(printable(note, "utf-8"), style="dim", overflow="fold")) if note else text
         return Panel(body, title=Text(printable(title, "utf-8")) if title else None, title_align="left")
+
+
+def _without_echo() -> Callable[[], None]:
+    """What is typed while answers are drawn, a Ctrl-C too, would move the cursor: nothing of it shows until the call
+    of what this returns."""
+    if not sys.stdin.isatty():
+        return lambda: None
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    hushed = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, hushed)
+    return lambda: termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _end_of(name: str, width: int) -> str:

@@ -2,9 +2,12 @@
 
 import io
 import itertools
+import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -161,6 +164,23 @@ def test_ctrl_c_stops_between_tokens():
     assert busy.heard == ["goes on to the next token"]
     assert out.getvalue() == "one\nstopped; nothing of this turn is kept\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nothing_that_is_typed_moves_the_cursor_while_answers_are_drawn(monkeypatch):
+    ours, theirs = pty.openpty()
+    with open(theirs, closefd=True) as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        panels = Panels(Console(file=io.StringIO(), width=80, height=10))
+
+        def echoes():
+            return bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
+
+        assert echoes()
+        panels.begin([""], 1)
+        assert not echoes()
+        panels.end()
+        assert echoes()
+    os.close(ours)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 # On a CPU DeepSpeed would compile a shared-memory collective at start-up: that takes a compiler, and gloo will do.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-_GROUPS = 16  # of parameters that the optimiser steps one after the other
+_GROUPS = 32  # of parameters that the optimiser steps one after the other
 BUCKET = 50_000_000  # numbers of one reduction at most: its buffer, allocated whole, would else be ten times that
 
 

@@ -125,7 +125,7 @@ def sample_rows(
 def _reference(engine: HybridEngine, rollout: Rollout, temperature: float) -> Tensor:
     """(C,) nats, of the rollout's tokens under the reference."""
     rollout = without_silent_prompts(rollout)
-    sequences = Sequences([p.ids for p in rollout.prompts], rollout.group, rollout.lengths, rollout.tokens)
+    sequences = Sequences.of_rollout(rollout)
     layout = sequences.layout(range(len(rollout.prompts)))
     return engine.reference_logprobs(layout, temperature).cpu()
 

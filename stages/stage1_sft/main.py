@@ -5,7 +5,14 @@ import time
 from functools import partial
 
 from agrpo.config import SFTConfig, parse_command_line
-from agrpo.data.load import encode_groups, encode_prompts, read_demonstrations, read_prompts, require_batch, texts_of
+from agrpo.data.load import (
+    encode_demonstrations,
+    encode_prompts,
+    read_demonstrations,
+    read_prompts,
+    require_batch,
+    texts_of,
+)
 from agrpo.data.streams import Stream
 from agrpo.doctor.estimate import warnings
 from agrpo.engine import distributed
@@ -28,7 +35,7 @@ def main(config: SFTConfig) -> None:
     data = read_demonstrations(config.data, log.note)
     tokenizer, notes = load_tokenizer(config.model, texts_of(data))
     session.notes(notes)
-    data, prompts, completions = encode_groups(data, tokenizer, config.max_length, log.note)
+    data, prompts, completions = encode_demonstrations(data, tokenizer, config.max_length, log.note)
     require_batch(len(prompts), training.batch_size, "demonstrations", "training.batch_size")
     lm = load_language_model(config.model, tokenizer, config.seed)
     stop = stop_ids(tokenizer, lm)
@@ -42,7 +49,7 @@ def main(config: SFTConfig) -> None:
     held_out = test = None
     rewards = reward_set(evaluation.rewards) if evaluation.rewards else None
     if evaluation.data is not None:
-        rows, *tokens = encode_groups(
+        rows, *tokens = encode_demonstrations(
             read_demonstrations(evaluation.data, log.note), tokenizer, config.max_length, log.note
         )
         held_out = encode_prompts(rows, tokenizer, config.max_length, log.note)

@@ -58,9 +58,14 @@ class LearnedReward:
 def sequences_of(tokenizer: PreTrainedTokenizerBase, prompts: list[Text], completions: list[Text]) -> Sequences:
     """Texts as tokens, completions of one prompt that stand together in one group."""
     grouped: list[tuple[list[int], list[list[int]]]] = []
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        if i == 0 or prompt != prompts[i - 1]:
+    before: Text = ""
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if not isinstance(completion, str) and len(completion) > 1:  # only the last turn is scored, behind the others
+            last = max(n for n, message in enumerate(completion) if message["role"] == "assistant")
+            prompt, completion = [*prompt, *completion[:last]], completion[last : last + 1]
+        if not grouped or prompt != before:
             grouped.append((encode_prompt(tokenizer, prompt), []))
+            before = prompt
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         grouped[-1][1].append(encode_completion(tokenizer, text, prompt))
     return Sequences.of([p for p, _ in grouped], [c for _, c in grouped])

@@ -10,7 +10,7 @@ import pytest
 # command line: it may import everything, and nothing below may import it.
 LEVELS = [
     {"types", "algorithms", "network"},
-    {"yaml_input", "job", "config", "data", "models"},
+    {"yaml_input", "job", "config", "data", "environments", "models"},
     {"engine"},
     {"training", "evaluation", "reporting"},
 ]

@@ -112,6 +112,8 @@ class Calculator:
         self.right_without_call = right_without_call
 
     def reset(self, row: Mapping[str, Any], seed: int) -> None:
+        if "solution" not in row:
+            raise ValueError(f"the calculator reads the column solution; the row has {', '.join(row)}")
         self.solution, self.called = str(row["solution"]), False
 
     def step(self, said: str) -> Step:

@@ -114,6 +114,7 @@ class Conversations:
         self.samples, self.config, self.make, self.tokenizer = samples, config, make, tokenizer
         self.in_step, self.strict, self.note = in_step, strict, note
         self._told = self._hung = 0
+        self._reason = "it has none on this rank"  # of the last failure
 
     @property
     def weight_version(self) -> int:
@@ -138,13 +139,12 @@ class Conversations:
             speaking = [t for t in talks if t.goes_on]
             if turn == self.config.max_turns or not self._anyone(speaking):
                 break
-            asked = [t.as_prompt() for t in speaking]
+            asked, each = [t.as_prompt() for t in speaking], [1] * len(speaking)
+            if not asked:  # nothing; other ranks may need this one's shards
+                asked, each = list(prompts[:1]), [0] * len(prompts[:1])
             room = max((sampling.max_completion_length - len(t.behind) for t in speaking), default=1)
             how, now = replace(sampling, max_completion_length=room), (key[0], key[1] + turn * _TURN)
-            if asked:
-                rollout = self.samples.generate(asked, [1] * len(asked), how, now)
-            else:  # nothing; other ranks may need this one's shards
-                self.samples.generate(prompts[:1], [0] * len(prompts[:1]), how, now)
+            rollout = self.samples.generate(asked, each, how, now)
         self._require_some(talks)
         return self._rollout(tuple(prompts), group, talks, version)
 
@@ -197,25 +197,27 @@ class Conversations:
         return call_together(calls, self.config.timeout_s, self.config.concurrency)
 
     def _fail(self, talk: _Conversation, method: str, failed: Failed) -> None:
-        text = talk.prompt.text if isinstance(talk.prompt.text, str) else talk.prompt.text[-1]["content"]
-        where = (
-            f"environment {self.config.target}: {method} failed on the prompt {text[:80]!r} (slot {talk.prompt.slot}"
-        )
-        reason = f"{where}, sample {talk.sample}): {failed.reason}"
         talk.reward, talk.goes_on, talk.finished = math.nan, False, False
-        talk.turns = talk.turns or []
         self._hung += failed.hung
-        self._reason = reason
-        if self.strict or self._hung > _MOST_HUNG:
-            raise EnvironmentFailed(f"{reason}\n{self._hung} calls hang" if self._hung > _MOST_HUNG else reason)
+        text = talk.prompt.text if isinstance(talk.prompt.text, str) else talk.prompt.text[-1]["content"]
+        where = f"on the prompt {text[:80]!r} (slot {talk.prompt.slot}, sample {talk.sample})"
+        self._reason = f"environment {self.config.target}: {method} failed {where}: {failed.reason}"
+        if self._hung > _MOST_HUNG:
+            raise EnvironmentFailed(f"{self._reason}; {self._hung} calls hang by now")
+        if self.strict:
+            raise EnvironmentFailed(self._reason)
         if self._told < _TOLD:
             self._told += 1
             last = "; further ones are only counted, in environment/errors" if self._told == _TOLD else ""
-            self.note(f"{reason}; nothing is learnt from this conversation{last}")
+            self.note(f"{self._reason}; nothing is learnt from this conversation{last}")
 
     def _require_some(self, talks: Sequence[_Conversation]) -> None:
-        if talks and all(math.isnan(talk.reward) for talk in talks):
-            raise EnvironmentFailed(f"all {len(talks)} conversations failed; the last one: {self._reason}")
+        """Of all ranks together, where they are in step."""
+        sums = {"all": float(len(talks)), "failed": float(sum(math.isnan(talk.reward) for talk in talks))}
+        if self.in_step:
+            sums = distributed.sum_over_ranks(sums)
+        if sums["all"] and sums["failed"] == sums["all"]:
+            raise EnvironmentFailed(f"all {sums['all']:.0f} conversations failed; the last one: {self._reason}")
 
     def _rollout(
         self, prompts: tuple[Prompt, ...], group: Tensor, talks: Sequence[_Conversation], version: int

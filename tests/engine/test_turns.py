@@ -224,7 +224,7 @@ def test_a_run_ends_where_no_conversation_comes_to_an_end_or_calls_hang_again_an
         def step(self, said):
             HANGING.wait()
 
-    with pytest.raises(EnvironmentFailed, match="9 calls hang"):
+    with pytest.raises(EnvironmentFailed, match="9 calls hang by now"):
         talking(Hanging, timeout_s=0.05, note=lambda text: None).generate(PROMPTS, [4] * 3, SAMPLING, KEY)
     HANGING.set()
 

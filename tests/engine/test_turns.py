@@ -1,5 +1,6 @@
 """Conversations with an environment: what is sampled, heard and read, by a real engine, and what a broken one does."""
 
+import importlib.util
 import math
 import threading
 import time
@@ -7,8 +8,9 @@ import time
 import pytest
 import torch
 from rollout_servers import serving
-from tiny import FALLBACKS, FAMILIES, engine_of, ragged
+from tiny import FALLBACKS, FAMILIES, SIZES, engine_of, ragged
 from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from agrpo.config import EnvironmentConfig, RolloutConfig
 from agrpo.engine.backends.native import Sampling
@@ -121,6 +123,21 @@ def test_servers_and_the_native_sampler_have_the_same_conversations(talked):
     assert theirs.turns == mine.turns and theirs.tokens.tolist() == mine.tokens.tolist()
     assert theirs.gaps.tolist() == mine.gaps.tolist() and theirs.heard.tolist() == mine.heard.tolist()
     torch.testing.assert_close(theirs.logp, mine.logp, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_vllm_takes_turns_and_its_log_probabilities_are_the_training_forwards():
+    torch.manual_seed(0)
+    heads = {**SIZES, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # the least on a CPU
+    lm = LlamaForCausalLM(LlamaConfig(**heads, tie_word_embeddings=False))
+    rollout = RolloutConfig(backend="vllm", max_sequences=16)
+    speaker = talking(engine=engine_of(lm, rollout=rollout, longest=160))
+    talked = speaker.generate(PROMPTS, COUNTS, SAMPLING, KEY)
+    sequences(talked)
+    assert len(talked.heard) > 10 and talked.finished.any()
+    layout = Sequences.of_rollout(talked).layout(range(len(PROMPTS)))
+    logp, _ = speaker.samples.evaluate(layout, SAMPLING.temperature)
+    assert ((logp - talked.logp).exp() - 1).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("limit", [1, 5, 12, 30])

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The stages in sequence, by the configurations of one folder; then the table of what each measured, and the curves.
 #   bash scripts/pipeline.sh configs/smollm2-135m [key.path=value …]
-# Arguments behind the folder go to every stage. A preferences.yaml in the folder samples groups before stage 2.
+# Arguments behind the folder go to every stage. A preferences.yaml in the folder samples groups before stage 2;
+# without a reward.yaml there is no stage 2.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,7 +27,9 @@ if [ -f "$configs/preferences.yaml" ]; then
     "$python" -m agrpo.launch stages/stage2_reward/preferences.py --config "$configs/preferences.yaml" \
         "${everywhere[@]}"
 fi
-bash stages/stage2_reward/run.sh --config "$configs/reward.yaml" "$@"
+if [ -f "$configs/reward.yaml" ]; then
+    bash stages/stage2_reward/run.sh --config "$configs/reward.yaml" "$@"
+fi
 bash stages/stage3_agrpo/run.sh --config "$configs/agrpo.yaml" "$@"
 "$python" -m agrpo.reporting.plots "$directory/$name"
 exec "$python" -m agrpo.reporting.summary "$directory/$name"

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from agrpo.types import InputError, Prompt, Step
 
 PROMPTS = [Prompt(f"p{slot}", tuple(ids), slot, {"row": slot}) for slot, ids in enumerate(ragged(9)[0])]
 COUNTS = [4, 1, 3]
-SAMPLING = Sampling(60, temperature=1.2)
+SAMPLING = Sampling(60, temperature=1.2, stop=("t2",))  # t2 and t20 to t29 end a turn, as the end token t1 does
 KEY = (3, 7)
 
 
@@ -33,7 +34,7 @@ class Counting:
 
     def step(self, said):
         self.turn += 1
-        observation = " ".join(f"t{10 * self.turn + n}" for n in range(self.turn + 1))
+        observation = " ".join(f"t{20 * self.turn + n}" for n in range(self.turn + 1))
         return Step(observation, reward=0.5, done=self.turn == self.last)
 
 
@@ -80,12 +81,13 @@ def test_a_conversation_is_its_turns_token_by_token(talked):
             ids = [int(word) for word in turn["content"].replace(" ", "").split("t")[1:]]
             own = turn["role"] == "assistant"
             cut = number == len(turns) - 1 and own  # the length limit ended it
-            expected += [(i, own) for i in ids] + [(1, True)] * (own and not cut)
-        while expected and not expected[-1][1]:  # nobody reads what comes after the last turn
+            by_string = bool(ids) and (ids[-1] == 2 or 20 <= ids[-1] < 30)
+            expected += [(i, own) for i in ids] + [(1, True)] * (own and not cut and not by_string)
+        while not expected[-1][1]:  # nobody reads what comes after the last turn
             expected.pop()
-        assert row == expected
+        assert [one for one in row if one != (0, True)] == expected  # t0 is padding, and in no text
         answers = [turn["content"] for turn in turns if turn["role"] == "tool"]
-        assert answers == [" ".join(f"t{10 * k + i}" for i in range(k + 1)) for k in range(1, len(answers) + 1)]
+        assert answers == [" ".join(f"t{20 * k + i}" for i in range(k + 1)) for k in range(1, len(answers) + 1)]
         assert rollout.outcomes[n] == 0.5 * len(answers)
         assert rollout.finished[n] == (turns[-1]["role"] == "tool")
         several += len(answers) > 1
@@ -142,7 +144,7 @@ def test_vllm_takes_turns_and_its_log_probabilities_are_the_training_forwards():
 
 @pytest.mark.parametrize("limit", [1, 5, 12, 30])
 def test_nothing_is_longer_than_the_limit_and_what_it_cuts_is_not_finished(limit):
-    rollout = talking().generate(PROMPTS, [8] * 3, Sampling(limit, temperature=1.2), KEY)
+    rollout = talking().generate(PROMPTS, [8] * 3, replace(SAMPLING, max_completion_length=limit), KEY)
     whole = talking().generate(PROMPTS, [8] * 3, SAMPLING, KEY)
     for n, (row, longer) in enumerate(zip(sequences(rollout), sequences(whole), strict=True)):
         assert 1 <= len(row) <= limit and row == longer[: len(row)]
@@ -169,14 +171,20 @@ def test_a_conversation_in_turns_goes_on_through_the_chat_template():
         "{% if add_generation_prompt %}{{ 't4' }}{% endif %}"
     )
     prompt = Prompt([{"role": "user", "content": "t9"}], (2, 9, 1, 4), 0, {"row": 0})
-    rollout = talking(engine=engine).generate([prompt], [12], SAMPLING, KEY)
+    rollout = talking(engine=engine).generate([prompt], [60], Sampling(60, stop=("t7",)), KEY)
     assert all(
         turn["role"] == ("user", "assistant")[n % 2 == 0] for turns in rollout.turns for n, turn in enumerate(turns)
     )
+    kinds = set()
     for row in sequences(rollout):
-        heard = [token for token, own in row if not own]
-        assert heard[:5] in ([], [2, 10, 11, 1, 4])
-    assert len(rollout.heard) >= 5
+        first = next((n for n, (_, own) in enumerate(row) if not own), None)
+        if first is not None:
+            ended = row[first - 1] == (1, True)
+            kinds.add(ended)
+            between = [2, 20, 21, 1, 4] if ended else [1, 2, 20, 21, 1, 4]  # the end token stands in both
+            assert row[first : first + len(between)] == [(token, False) for token in between]
+            assert row[first + len(between)][1]
+    assert kinds == {True, False}
 
 
 class Breaking(Counting):

@@ -69,8 +69,8 @@ class Sequences:
         """From lists: completions[p] are those of prompt p."""
         flat = [c for of_prompt in completions for c in of_prompt]
         group = torch.arange(len(prompts)).repeat_interleave(torch.tensor([len(c) for c in completions]))
-        lengths = torch.tensor([len(c) for c in flat], dtype=torch.long)
         turns = [c if isinstance(c, Turns) else Turns(tuple(c)) for c in flat]
+        lengths = torch.tensor([len(c.ids) for c in turns], dtype=torch.long)
         parts = [[t for c in turns for t in getattr(c, name)] for name in ("ids", "heard", "gaps")]
         tokens, heard, gaps = (torch.tensor(part, dtype=torch.long) for part in parts)
         return cls(prompts, group, lengths, tokens, heard, gaps if len(heard) else heard)

@@ -95,7 +95,7 @@ def test_a_conversation_is_its_turns_token_by_token(talked):
     assert len(rollout.gaps) == len(rollout.tokens) == len(rollout.logp) == int(rollout.lengths.sum())
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3-tied", "gpt2"])
 def test_log_probabilities_of_sampling_are_the_training_forwards(family):
     speaker = talking(lm=model(family))
     rollout = speaker.generate(PROMPTS, COUNTS, SAMPLING, KEY)

@@ -110,7 +110,9 @@ def test_the_update_is_that_of_padded_rows_under_a_mask(aggregation, micro):
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert metrics["entropy"] == pytest.approx(mean_of(entropy, mask, "token").item(), rel=1e-5)
-    assert metrics["kl"] == pytest.approx(mean_of(k3, mask, "token").item(), rel=1e-4)
+    d = logp - ref
+    symmetric = mean_of(d * (1 - (-d).exp()) / 2, mask, "token")
+    assert metrics["agrpo/kl_symmetric"] == pytest.approx(symmetric.item(), rel=1e-4)
 
 
 def test_demonstrations_are_learnt_by_the_tokens_of_the_assistant_alone():

@@ -71,9 +71,10 @@ class Sequences:
         group = torch.arange(len(prompts)).repeat_interleave(torch.tensor([len(c) for c in completions]))
         turns = [c if isinstance(c, Turns) else Turns(tuple(c)) for c in flat]
         lengths = torch.tensor([len(c.ids) for c in turns], dtype=torch.long)
-        parts = [[t for c in turns for t in getattr(c, name)] for name in ("ids", "heard", "gaps")]
-        tokens, heard, gaps = (torch.tensor(part, dtype=torch.long) for part in parts)
-        return cls(prompts, group, lengths, tokens, heard, gaps if len(heard) else heard)
+        tokens = torch.tensor([t for c in turns for t in c.ids], dtype=torch.long)
+        heard = torch.tensor([t for c in turns for t in c.heard], dtype=torch.long)
+        gaps = [gap for c in turns for gap in c.gaps or (0,) * len(c.ids)] if len(heard) else []
+        return cls(prompts, group, lengths, tokens, heard, torch.tensor(gaps, dtype=torch.long))
 
     @classmethod
     def of_rollout(cls, rollout: Rollout) -> Sequences:

@@ -96,7 +96,8 @@ def test_an_environment_and_a_rollout_ahead_exclude_each_other():
         load_config("agrpo", quickstart, ["environment={target: talkative.Talkative}", "rollout.ahead=1"])
     with pytest.raises(InputError, match="no module 'nowhere' can be found"):
         load_config("agrpo", quickstart, ["environment={target: nowhere.Talkative}"])
-    config = load_config("agrpo", quickstart, ["environment={target: talkative.Talkative, longest: 2}"], False)
+    own = ["environment={target: talkative.Talkative, longest: 2}", f"model.name_or_path={ROOT}"]
+    config = load_config("agrpo", quickstart, own)
     assert config.environment.parameters == {"longest": 2}
 
 

@@ -139,6 +139,15 @@ def test_demonstrations_are_learnt_by_the_tokens_of_the_assistant_alone():
     assert metrics["num_tokens"] == int(mask.sum())
 
 
+def test_single_turns_stand_beside_conversations():
+    batch = Sequences.of([[1], [2, 3]], [[Turns((4, 5)), [6]], [Turns((7, 8), (9,), (0, 1))]])
+    layout = batch.layout([0, 1])
+    assert batch.costs == [4, 5]
+    assert layout.ids.tolist() == [1, 4, 5, 6, 2, 3, 7, 9, 8] and layout.targets.tolist() == [4, 5, 6, 7, 8]
+    assert layout.positions.tolist() == [0, 1, 2, 1, 0, 1, 2, 3, 4] and layout.source.tolist() == [0, 1, 0, 5, 7]
+    assert batch.layout([0]).spans.tolist() == batch.layout([0]).lengths.tolist() == [2, 1]
+
+
 def test_a_critic_judges_the_tokens_of_the_policy_alone():
     engine, rollout = engine_of(model(), critic=True), conversations()
     config = PolicyConfig(

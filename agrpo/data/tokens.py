@@ -151,6 +151,13 @@ def _words(tokenizer: PreTrainedTokenizerBase, opening: str, turns: Conversation
     return content if own.startswith(content) else None
 
 
+def rewrites_earlier_turns(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> bool:
+    """Does the chat template leave the reasoning out of a turn once the user speaks again, as Qwen3's does?"""
+    said: Message = {"role": "assistant", "content": f"<think>{_SAID}</think>{_SAID}"}
+    text = _render(tokenizer, [*prompt, said, {"role": "user", "content": "And then?"}], opened=True)
+    return text.count(_SAID) < 2
+
+
 def encode_heard(tokenizer: PreTrainedTokenizerBase, prompt: Text, observation: Text, last: int) -> list[int]:
     """The tokens between two turns of the assistant: what an environment says, and what the template writes around it.
 

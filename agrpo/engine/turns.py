@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agrpo.config import EnvironmentConfig
 from agrpo.data.records import ROLES
-from agrpo.data.tokens import encode_heard
+from agrpo.data.tokens import encode_heard, rewrites_earlier_turns
 from agrpo.engine import distributed
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.calls import Failed, call_together
@@ -113,6 +113,7 @@ class Conversations:
     ) -> None:
         self.samples, self.config, self.make, self.tokenizer = samples, config, make, tokenizer
         self.in_step, self.strict, self.note = in_step, strict, note
+        self._template_seen = False
         self._told = self._hung = 0
         self._reason = "it has none on this rank"  # of the last failure
 
@@ -129,6 +130,7 @@ class Conversations:
             for prompt, count in zip(prompts, counts, strict=True)
             for sample in range(first, first + count)
         ]
+        self._look_at_template(prompts)
         self._reset(talks, key)
         rollout = self.samples.generate(prompts, counts, sampling, key, first)  # prompts are read once for all samples
         group, version = rollout.group, rollout.weight_version
@@ -147,6 +149,17 @@ class Conversations:
             rollout = self.samples.generate(asked, each, how, now)
         self._require_some(talks)
         return self._rollout(tuple(prompts), group, talks, version)
+
+    def _look_at_template(self, prompts: Sequence[Prompt]) -> None:
+        """Once: tell of a template by which a program that talks with the model would show it less than it reads here."""
+        if self._template_seen or not prompts:
+            return
+        self._template_seen = True
+        text = prompts[0].text
+        if not isinstance(text, str) and rewrites_earlier_turns(self.tokenizer, text):
+            self.note(
+                "the chat template leaves the reasoning out of earlier turns; here the policy reads all that it said"
+            )
 
     def _anyone(self, speaking: Sequence[_Conversation]) -> bool:
         return bool(distributed.max_over_ranks(int(bool(speaking)))) if self.in_step else bool(speaking)

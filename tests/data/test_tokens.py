@@ -15,6 +15,7 @@ from agrpo.data.tokens import (
     encode_turns,
     end_token_id,
     prepare_tokenizer,
+    rewrites_earlier_turns,
 )
 
 CHATML = (
@@ -174,6 +175,12 @@ def test_turns_that_a_template_rewrites_later_are_learnt_one_by_one():
     assert "<think>" not in subject.decode(second[0]) and subject.decode(second[0]).count("sky") == 2
     assert subject.decode(second[1].ids) == "<think>blue</think>blue<|im_end|>"
     assert second[1].heard == second[1].gaps == ()
+
+
+def test_a_template_that_drops_reasoning_once_the_user_speaks_again_is_found():
+    assert rewrites_earlier_turns(tokenizer(chat_template=DROPS_EARLIER_REASONING), TURNS)
+    for name in ("default", "chatml", "llama2"):
+        assert not rewrites_earlier_turns(CASES[name](), TURNS)
 
 
 def test_what_an_environment_says_continues_a_plain_prompt_as_it_is():

@@ -151,7 +151,7 @@ class Conversations:
         return self._rollout(tuple(prompts), group, talks, version)
 
     def _look_at_template(self, prompts: Sequence[Prompt]) -> None:
-        """Once: tell of a template by which a program that talks with the model would show it less than it reads here."""
+        """Once: tell of a template through which a program would show the model less than it reads here."""
         if self._template_seen or not prompts:
             return
         self._template_seen = True

@@ -14,7 +14,7 @@ from agrpo.data.load import (
     texts_of,
 )
 from agrpo.data.streams import Stream
-from agrpo.doctor.estimate import warnings
+from agrpo.doctor.estimate import before_loading
 from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.engine.modules import Policy
@@ -32,7 +32,7 @@ from reward_models.configured import reward_set
 
 def main(config: SFTConfig) -> None:
     session = Session(config, "sft")
-    session.notes(warnings(config))
+    session.notes(before_loading(config))
     log, training, evaluation = session.log, config.training, config.evaluation
     environment = load_environment(config.environment)
     data = read_demonstrations(config.data, log.note)

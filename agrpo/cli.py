@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parent.parent
+from agrpo.places import place
+
 _STAGES = {
     "sft": "stage1_sft/main.py",
     "preferences": "stage2_reward/preferences.py",
@@ -18,11 +18,14 @@ _TOOLS = {
     "push": "agrpo.reporting.hub",
     "export": "agrpo.export",
     "smoke": "agrpo.smoke.command",
+    "pipeline": "agrpo.pipeline",
     "ablate": "agrpo.ablation.command",
 }
 _MEASURES = {"eval": "evaluation/evaluate.py", "compare": "evaluation/compare.py"}
 _USAGE = """usage: agrpo COMMAND …
 
+  quickstart   the three stages, on a CPU           [key.path=value …]
+  pipeline     the stages of a folder, in sequence  CONFIGS [key.path=value …]
   sft          stage 1: supervised fine-tuning      [--config FILE] [key.path=value …] [--print-config]
   preferences  groups for stage 2, sampled          the same
                or from published data               --convert gsm8k|hh IN OUT [--held-out SHARE] [--json]
@@ -49,6 +52,8 @@ _USAGE = """usage: agrpo COMMAND …
 
 def main() -> int:
     command, *arguments = sys.argv[1:] or ["--help"]
+    if command == "quickstart":
+        command, arguments = "pipeline", ["configs/quickstart", *arguments]
     if command == "preferences" and any(argument.startswith("--convert") for argument in arguments):
         from agrpo.data.convert import main as convert
         from agrpo.reporting.files import replace
@@ -57,11 +62,11 @@ def main() -> int:
     if command in _STAGES:
         from agrpo.launch import main as launch
 
-        return launch([str(_ROOT / "stages" / _STAGES[command]), *arguments])
+        return launch([str(place("stages") / _STAGES[command]), *arguments])
     if command in _MEASURES:
         from agrpo.launch import main as launch
 
-        return launch([str(_ROOT / "stages" / _MEASURES[command]), *arguments], check=lambda arguments: None)
+        return launch([str(place("stages") / _MEASURES[command]), *arguments], check=lambda arguments: None)
     if command in _TOOLS:
         return importlib.import_module(_TOOLS[command]).main(arguments)
     if command == "summary":
@@ -94,7 +99,7 @@ def main() -> int:
         import runpy
 
         sys.argv = ["agrpo chat", *arguments]
-        runpy.run_path(str(_ROOT / "stages" / "evaluation" / "chat.py"), run_name="__main__")  # exits
+        runpy.run_path(str(place("stages") / "evaluation" / "chat.py"), run_name="__main__")  # exits
     if command == "doctor":
         from agrpo.doctor.command import main as doctor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from agrpo.places import place
+from agrpo.places import own_folder
 
 _STAGES = {
     "sft": "stage1_sft/main.py",
@@ -62,11 +62,11 @@ def main() -> int:
     if command in _STAGES:
         from agrpo.launch import main as launch
 
-        return launch([str(place("stages") / _STAGES[command]), *arguments])
+        return launch([str(own_folder("stages") / _STAGES[command]), *arguments])
     if command in _MEASURES:
         from agrpo.launch import main as launch
 
-        return launch([str(place("stages") / _MEASURES[command]), *arguments], check=lambda arguments: None)
+        return launch([str(own_folder("stages") / _MEASURES[command]), *arguments], check=lambda arguments: None)
     if command in _TOOLS:
         return importlib.import_module(_TOOLS[command]).main(arguments)
     if command == "summary":
@@ -99,7 +99,7 @@ def main() -> int:
         import runpy
 
         sys.argv = ["agrpo chat", *arguments]
-        runpy.run_path(str(place("stages") / "evaluation" / "chat.py"), run_name="__main__")  # exits
+        runpy.run_path(str(own_folder("stages") / "evaluation" / "chat.py"), run_name="__main__")  # exits
     if command == "doctor":
         from agrpo.doctor.command import main as doctor
 

@@ -1,10 +1,13 @@
 """`agrpo pipeline CONFIGS [key.path=value …]`: the stages of a folder of configurations in sequence, then what they
-measured as a table, and the curves. Overrides go to every stage. `agrpo quickstart` is the same of `configs/quickstart`.
+measured as a table, and the curves. Overrides go to every stage. `agrpo quickstart` is that of `configs/quickstart`.
+
+A pipeline that ended early goes on at that stage when it is given the same arguments again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from agrpo.config.loading import resolve
 from agrpo.places import configuration
 
 COMMANDS = {"sft": "sft", "preferences": "preferences", "reward": "reward", "agrpo": "train"}  # by file, in their order
+UNFINISHED = "pipeline.json"  # in the run's directory: the stage that ended early, and the arguments
 Stage = tuple[str, Path, list[str]]  # name, configuration, overrides
 
 
@@ -68,10 +72,25 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         return 2
-    for stage, file, overrides in stages:
-        if code := _run([sys.executable, "-m", "agrpo.cli", COMMANDS[stage], "--config", str(file), *overrides]):
+    return _run_all(stages, root, arguments) or _show(root)
+
+
+def _run_all(stages: list[Stage], root: Path, arguments: list[str]) -> int:
+    """Every stage from the one that ended early, or from the first; the exit code."""
+    unfinished = root / UNFINISHED
+    left = json.loads(unfinished.read_text(encoding="utf-8")) if unfinished.exists() else {}
+    names = [name for name, _, _ in stages]
+    first = names.index(left["stage"]) if left.get("arguments") == arguments and left["stage"] in names else 0
+    if first:
+        print(f"going on with {names[first]}; to start over, remove {unfinished}", flush=True)
+    for name, file, overrides in stages[first:]:
+        code = _run([sys.executable, "-m", "agrpo.cli", COMMANDS[name], "--config", str(file), *overrides])
+        if code:
+            root.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps({"stage": name, "arguments": arguments}) + "\n", encoding="utf-8")
             return code
-    return _show(root)
+    unfinished.unlink(missing_ok=True)
+    return 0
 
 
 def _run(command: list[str]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from agrpo.places import configuration, place
+from agrpo.places import configuration, own_folder
 from agrpo.types import InputError
 
 _SECRET = re.compile(r"token|secret|passw|credential|authorization|api_?key|private_?key", re.IGNORECASE)
@@ -43,7 +43,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     path = configuration(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        folder = f"; agrpo's own lie in {place('configs')}" if path.parts[:1] == ("configs",) else ""
+        folder = f"; agrpo's own lie in {own_folder('configs')}" if path.parts[:1] == ("configs",) else ""
         mend = f"; did you mean {path.parent / near[0]}?" if near else folder
         raise ConfigError(f"{path}: no such file{mend}")
     try:

@@ -19,7 +19,7 @@ from typing import IO
 import yaml
 
 from agrpo.ablation.grid import Job, Plan
-from agrpo.places import place
+from agrpo.places import own_folder
 from agrpo.reporting.files import replace
 from agrpo.types import InputError
 from agrpo.yaml_input import ConfigError
@@ -145,7 +145,7 @@ class Runner:
             folder.mkdir(parents=True, exist_ok=True)
         replace(file, [yaml.safe_dump(dict(job.values), sort_keys=False, allow_unicode=True)])
         began = time.monotonic()
-        code = self._execute([str(place("stages") / _MAINS[job.stage]), "--config", str(file)], log)
+        code = self._execute([str(own_folder("stages") / _MAINS[job.stage]), "--config", str(file)], log)
         seconds = time.monotonic() - began
         if code == 0 and job.finished:
             self._tell(f"[{place}/{total}] {job.name}: {seconds:.0f} s")

@@ -34,10 +34,10 @@ def read_config(path: Path, stage: str | None = None, note: Note = lambda text: 
         ConfigError: a file is missing, or extends itself.
     """
     values: dict[str, Any] = {}
-    file = configuration(path)
-    if file != path:
-        note(f"{path} is not here; reading agrpo's own: {file}")
-    for file in _chain(file, ()):
+    found = configuration(path)
+    if found != path:
+        note(f"{path} is not here; reading agrpo's own: {found}")
+    for file in _chain(found, ()):
         own = {key: value for key, value in read_yaml(file).items() if key != "extends"}
         if stage is not None:
             own = trl.translate(own, stage, str(file), values, lambda text: note(f"TRL: {text}"))

@@ -17,7 +17,7 @@ from agrpo.config.common import RunConfig
 from agrpo.config.files import Note, presets, read_config
 from agrpo.config.rewards import RewardSpec
 from agrpo.config.stages import STAGES, PolicyConfig, PreferencesConfig, SFTConfig
-from agrpo.places import place
+from agrpo.places import own_folder
 from agrpo.yaml_input import ConfigError, explain, merge, set_path, to_yaml
 
 
@@ -42,7 +42,7 @@ def load_config(
         raise ConfigError(
             "preferences: has no default: give --config FILE, such as configs/smollm2-135m/preferences.yaml"
         )
-    path = path or place("configs") / "quickstart" / f"{stage}.yaml"
+    path = path or own_folder("configs") / "quickstart" / f"{stage}.yaml"
     return resolve(stage, read_config(path, stage, note), path, overrides, note=note)
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from agrpo.config import ConfigError
 from agrpo.config.files import read_config
 from agrpo.config.loading import resolve
 from agrpo.places import configuration
+from agrpo.yaml_input import ConfigError
 
 COMMANDS = {"sft": "sft", "preferences": "preferences", "reward": "reward", "agrpo": "train"}  # by file, in their order
 UNFINISHED = "pipeline.json"  # in the run's directory: the stage that ended early, and the arguments

@@ -151,11 +151,22 @@ def test_every_rule_is_documented_with_its_columns_and_parameters(name):
     assert own == set(re.findall(r"`(\w+)`", "".join(row.split("|")[2:4])))
 
 
-def test_files_that_the_docs_name_exist():
-    for page in [*(ROOT / "docs").glob("*.md"), *ROOT.glob("stages/*/README.md")]:
-        text = page.read_text(encoding="utf-8")
-        named = re.findall(r"`((?:agrpo|reward_models|stages|configs|scripts|tests)/(?:[\w./-]*(?:/|\.\w+))?)`", text)
-        for path in named:
-            assert (ROOT / path).exists(), f"{page.relative_to(ROOT)} names {path}"
-        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("stages/*/README.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_headings_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:agrpo|reward_models|stages|configs|scripts|tests)/(?:[\w./-]*(?:/|\.\w+))?)`", text)
+    for path in named:
+        assert (ROOT / path).exists(), f"names {path}"
+    for link, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        target = page.parent / link if link else page
+        assert target.exists(), f"links to {link}"
+        assert not heading or heading in headings(target), f"links to {link}#{heading}"
+
+
+def headings(page):
+    """What a page's headings are called in links."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower())).strip("-") for heading in found}

@@ -52,12 +52,22 @@ def check(stages: list[Stage]) -> Path:
     """
     roots: dict[Path, Path] = {}
     for stage, file, overrides in stages:
-        config: Any = resolve(stage, read_config(file, stage), file, overrides, models_exist=False)
+        values = _as_if_made(read_config(file, stage), file.parent)
+        config: Any = resolve(stage, values, file, overrides, models_exist=False)
         roots[config.run_root] = file
     if len(roots) > 1:
         named = ", ".join(f"{root} ({file.name})" for root, file in roots.items())
         raise ConfigError(f"the stages are of several runs: {named}; give run.name=… for all of them")
     return next(iter(roots))
+
+
+def _as_if_made(value: Any, folder: Path) -> Any:
+    """A file's values, with something that is there for every file that a stage of the run has yet to make."""
+    if isinstance(value, dict):
+        return {key: _as_if_made(item, folder) for key, item in value.items()}
+    if isinstance(value, str) and value.startswith("{run}/"):
+        return str(configuration(folder))
+    return value
 
 
 def main(arguments: list[str]) -> int:

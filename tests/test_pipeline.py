@@ -18,7 +18,7 @@ DATA = {"data": {"source": "a/b"}, "training": {"max_steps": 1}}
 FILES = {
     "sft": {"model": {"name_or_path": "a/b"}, **DATA},
     "preferences": {"data": {"source": "a/b"}, "rewards": REWARDS},
-    "reward": DATA,
+    "reward": {**DATA, "data": {"path": "{run}/preferences/train.jsonl"}},  # which is made on the way
     "agrpo": {**DATA, "rewards": REWARDS},
 }
 

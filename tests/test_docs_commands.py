@@ -142,6 +142,16 @@ def reader(tmp_path_factory):
         (here / name).write_text(values)
     split = [command.text for command in COMMANDS if command.page == "docs/preferences.md" and "head" in command.text]
     subprocess.run(["bash", "-euc", "\n".join(split)], cwd=here, check=True)
+    (here / "mine.jsonl").write_text('{"question": "3+4=", "answer": "7"}\n{"question": "9-1=", "answer": "8"}\n')
+    (here / "harmless-base").mkdir()
+    turns = "\n\nHuman: What is {}?\n\nAssistant: It is {}."
+    rows = [{"chosen": turns.format(i, i), "rejected": turns.format(i, "nothing")} for i in range(30)]
+    (here / "harmless-base" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subprocess.run(["gzip", str(here / "harmless-base" / "train.jsonl")], check=True)
+    (here / "bin").mkdir()
+    program = here / "bin" / "agrpo"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m agrpo.cli "$@"\n')
+    program.chmod(0o755)
     policy = (ROOT / "configs" / "quickstart" / "agrpo.yaml").read_text(encoding="utf-8")
     (here / "my.yaml").write_text(f"{policy}\nmodel: {{name_or_path: elsewhere/model}}\n")
     shutil.copy(ROOT / "configs" / "quickstart" / "sft.yaml", here / "my-sft.yaml")
@@ -150,7 +160,7 @@ def reader(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(reader):
-    """The same after the last stage and after the quickstart, cut down to seconds; and `agrpo` as a command."""
+    """The same after the last stage, and after the quickstart, cut down to seconds."""
     here = reader
     small = ["model.dtype=float32", "model.trainable_layers=null", "engine.zero_stage=0"]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -173,32 +183,31 @@ def folder(reader):
             assert (here / "runs" / run / stage / "result.json").exists(), done.stdout[-2000:] + done.stderr[-4000:]
     for name in ("quickstart", "a-seed0", "a-seed1", "b-seed0"):
         shutil.copytree(here / "runs" / "quickstart-seed0", here / "runs" / name)
-    (here / "mine.jsonl").write_text('{"question": "3+4=", "answer": "7"}\n{"question": "9-1=", "answer": "8"}\n')
-    (here / "harmless-base").mkdir()
-    turns = "\n\nHuman: What is {}?\n\nAssistant: It is {}."
-    rows = [{"chosen": turns.format(i, i), "rejected": turns.format(i, "nothing")} for i in range(30)]
-    (here / "harmless-base" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    subprocess.run(["gzip", str(here / "harmless-base" / "train.jsonl")], check=True)
-    (here / "bin").mkdir()
-    program = here / "bin" / "agrpo"
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m agrpo.cli "$@"\n')
-    program.chmod(0o755)
     return here
 
 
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if runs(c)], ids=lambda command: f"{command.page}: {command.text[:60]}"
 )
-def test_a_command_runs_as_it_stands(folder, command):
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command.text],
-        cwd=folder, env={**environment(), "PATH": path, "COLUMNS": "120"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def test_a_command_runs_as_it_stands(command, request):
+    done = as_typed(command.text, request.getfixturevalue("folder" if "runs/" in command.text else "reader"))
     shown = output_of(command)
     if shown is not None and command.text.startswith("agrpo theory"):
         assert done.stdout.strip() == shown.strip()
+
+
+def as_typed(text, folder):
+    """The finished shell that ran a line, with `agrpo` on its path."""
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=folder,
+        env={**environment(), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
 
 
 def output_of(command):
@@ -211,12 +220,7 @@ def output_of(command):
 def test_the_chat_of_the_preference_guide_answers(folder):
     """It waits for a person, so a pipe stands in for one."""
     (chat,) = [c.text for c in COMMANDS if c.page == "docs/preferences.md" and c.text.startswith("agrpo chat")]
-    done = subprocess.run(
-        ["bash", "-c", f"printf 'What is honey?\\n' | {chat} --max-tokens 8"],
-        cwd=folder, env={**environment(), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0 and "reward" in done.stdout, done.stdout + done.stderr
+    assert "reward" in as_typed(f"printf 'What is honey?\\n' | {chat} --max-tokens 8", folder).stdout
 
 
 # Commands that are not run: read by the parser that would read them.

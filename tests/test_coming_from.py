@@ -30,7 +30,7 @@ def test_the_tables_are_read():
     assert all(len(rows) >= 3 for _, rows in tables())
 
 
-@pytest.mark.parametrize(("head", "rows"), tables(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("head", "rows"), list(tables()), ids=lambda value: value if isinstance(value, str) else "")
 def test_every_name_on_the_right_is_a_key(head, rows):
     known = OURS[STAGE_OF[head]] if head in STAGE_OF else set().union(*OURS.values())
     for left, right, remark in rows:

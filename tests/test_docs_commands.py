@@ -54,6 +54,7 @@ NOT_RUN = {
     "python scripts/": "minutes to hours",
     "taskset": "minutes, and vLLM",
     "pip install": "a network",
+    "pip wheel": "tests/test_packaging.py builds one and installs it",
     ". .venv/bin/activate": "belongs to the reader's shell",
     "head": "cuts published data that are not here",
     "export": "belongs to the reader's shell",
@@ -315,7 +316,8 @@ def read_words(words, monkeypatch):
         case ["taskset", "-c", _, *rest]:
             read_words(rest, monkeypatch)
         case ["pip", "install", *arguments]:
-            installs([argument for argument in arguments if argument != "--no-deps"])
+            named = [argument.replace("$(ls dist/agrpo-*.whl)", "agrpo") for argument in arguments]
+            installs([one for one in named if one != "--no-deps"])
         case ["agrpo", *arguments]:
             options = read_agrpo(arguments, monkeypatch)
             if (
@@ -325,7 +327,7 @@ def read_words(words, monkeypatch):
             ):
                 with_vllm(monkeypatch)
                 load_config(stage_of(options.config), options.config, getattr(options, "overrides", []))
-        case ["export" | "." | "head", *_]:
+        case ["export" | "." | "head", *_] | ["pip", "wheel", *_]:
             pass
         case _:
             pytest.fail(f"nobody reads {words}")

@@ -9,13 +9,14 @@ from setuptools.command.build_py import build_py
 
 class WithFolders(build_py):
     def run(self) -> None:
-        super().run()
         if self.editable_mode:
-            return  # a checkout has them beside the package
+            return super().run()  # a checkout has them beside the package
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # what an earlier build left, deleted since
+        super().run()
         for name in ("stages", "configs"):
-            to = Path(self.build_lib, "agrpo", name)
-            shutil.rmtree(to, ignore_errors=True)
-            shutil.copytree(name, to, ignore=shutil.ignore_patterns("__pycache__", "*.sh", "*.md"))
+            shutil.copytree(
+                name, Path(self.build_lib, "agrpo", name), ignore=shutil.ignore_patterns("__pycache__", "*.sh", "*.md")
+            )
 
 
 setup(cmdclass={"build_py": WithFolders})

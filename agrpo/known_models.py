@@ -67,13 +67,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def scaled_down(architecture: dict[str, Any]) -> dict[str, Any]:
-    """The same architecture at a toy's size: two layers, heads of 8, at most two key-value heads.
+def scaled_down(architecture: dict[str, Any], head: int = 8) -> dict[str, Any]:
+    """The same architecture at a toy's size: two layers, heads of `head`, at most two key-value heads.
 
     What makes code behave differently stays: model type, queries a key-value head, tied or untied embeddings, rope.
     """
     keys = min(2, architecture["num_key_value_heads"])
     heads = keys * architecture["num_attention_heads"] // architecture["num_key_value_heads"]
-    sizes = {"hidden_size": 8 * heads, "intermediate_size": 16 * heads, "num_hidden_layers": 2}
-    wide = {"head_dim": 8} if "head_dim" in architecture else {}
+    sizes = {"hidden_size": head * heads, "intermediate_size": 2 * head * heads, "num_hidden_layers": 2}
+    wide = {"head_dim": head} if "head_dim" in architecture else {}
     return {**architecture, **sizes, **wide, "num_attention_heads": heads, "num_key_value_heads": keys}

@@ -54,6 +54,8 @@ NOT_RUN = {
     "python scripts/": "minutes to hours",
     "taskset": "minutes, and vLLM",
     "pip install": "a network",
+    "apt-get install": "a network, and root",
+    "python -c": "compiles for minutes",
     "pip wheel": "tests/test_packaging.py builds one and installs it",
     ". .venv/bin/activate": "belongs to the reader's shell",
     "head": "cuts published data that are not here",
@@ -310,6 +312,8 @@ def read_words(words, monkeypatch):
             assert all(
                 argument.startswith("tests") or argument in text for argument in arguments if argument[0] == "-"
             ), words
+        case ["python", "-c", code]:
+            compile(code, "-c", "exec")
         case ["python", script, *arguments]:
             monkeypatch.setattr(sys, "argv", [script, *arguments])
             parsed(runpy.run_path, str(ROOT / script), None, "__main__")
@@ -327,7 +331,7 @@ def read_words(words, monkeypatch):
             ):
                 with_vllm(monkeypatch)
                 load_config(stage_of(options.config), options.config, getattr(options, "overrides", []))
-        case ["export" | "." | "head", *_] | ["pip", "wheel", *_]:
+        case ["export" | "." | "head" | "apt-get", *_] | ["pip", "wheel", *_]:
             pass
         case _:
             pytest.fail(f"nobody reads {words}")

@@ -88,20 +88,23 @@ def test_every_script_names_a_configuration_that_is_there():
         assert what == "eval" or load_config("agrpo", ROOT / path, ["rollout.backend=native"]).method == method
 
 
-def test_a_script_rehearses_offline(tmp_path):
-    """It trains, and evaluates what it trained on the benchmark's columns."""
+# One of each kind: training, evaluating what was trained, and evaluating the untrained model.
+@pytest.mark.parametrize("name", ["CPPO_gsm", "Eval_math", "Eval_qwen2.5-1.5b"])
+def test_a_script_rehearses_offline(name, tmp_path):
+    script = ROOT / "scripts" / f"{name}.sh"
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "Eval_math.sh"), "--smoke"],
+        ["bash", str(script), "--smoke"],
         env={**environment(), "SMOKE_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert len(rows(tmp_path / "qwen2.5-7b-math" / "agrpo" / "metrics.jsonl")) == STEPS
-    (file,) = (tmp_path / "evaluations").glob("*.json")
-    found = json.loads(file.read_text())
-    assert found["n"] == 6 and 0 <= found["pass1"] <= 1
+    steps = [len(rows(file)) for file in tmp_path.glob("*/agrpo/metrics.jsonl")]
+    assert steps == ([] if " base " in script.read_text() else [STEPS])
+    results = [json.loads(file.read_text()) for file in (tmp_path / "evaluations").glob("*.json")]
+    assert len(results) == name.startswith("Eval_")
+    assert all(found["n"] == 6 and 0 <= found["pass1"] <= 1 for found in results)
 
 
 def test_a_rehearsal_of_what_it_does_not_know_is_refused(tmp_path):

@@ -30,13 +30,21 @@ SIZES = dict(
     num_key_value_heads=2,
     max_position_embeddings=256,
 )
+HEADS_OF_32 = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # the least vLLM takes on a CPU
+
+
+def _family(model, config, tied, **own):
+    """Makes models of one family; other sizes than SIZES where asked for."""
+    return lambda **other: model(config(**{**SIZES, **own, **other}, tie_word_embeddings=tied))
+
+
 FAMILIES = {
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)),
-    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True)),
-    "qwen3-untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=False)),
+    "llama-tied": _family(LlamaForCausalLM, LlamaConfig, True),
+    "llama-untied": _family(LlamaForCausalLM, LlamaConfig, False),
+    "qwen2-tied": _family(Qwen2ForCausalLM, Qwen2Config, True),
+    "qwen2-untied": _family(Qwen2ForCausalLM, Qwen2Config, False),
+    "qwen3-tied": _family(Qwen3ForCausalLM, Qwen3Config, True, head_dim=12),
+    "qwen3-untied": _family(Qwen3ForCausalLM, Qwen3Config, False, head_dim=12),
 }
 FALLBACKS = {
     "gpt2": lambda: GPT2LMHeadModel(

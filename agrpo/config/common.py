@@ -119,6 +119,8 @@ class EngineConfig(Section):
             raise ValueError(
                 "offload_path: the directory for offload: nvme, and for nothing else: give both or neither"
             )
+        if self.sample_from == "layers" and self.zero_stage != 3:
+            raise ValueError("sample_from: layers are gathered from ZeRO-3's shards: set engine.zero_stage to 3")
         return self
 
 

@@ -68,6 +68,15 @@ class StageConfig(Section):
             raise ValueError("model.quantization: ZeRO-3 would cut the packed weights: set engine.zero_stage to 0 to 2")
         return self
 
+    @model_validator(mode="after")
+    def _resumable(self) -> Self:
+        if self.engine.offload == "nvme" and self.checkpoint.every:
+            raise ValueError(
+                "checkpoint.every: DeepSpeed does not bring back all of a run with engine.offload: nvme: set it to 0,"
+                " or engine.offload to cpu"
+            )
+        return self
+
 
 class SFTConfig(StageConfig):
     """Stage 1: supervised fine-tuning."""
@@ -236,6 +245,11 @@ class PolicyConfig(StageConfig):
         if self.model.lora is not None and self.model.lora.dropout > 0:
             raise ValueError(
                 "model.lora.dropout: log-probabilities of the same tokens must not be noisy here; set it to 0"
+            )
+        if self.engine.sample_from == "layers" and self.rollout.backend in ("vllm", "server"):
+            raise ValueError(
+                f"engine.sample_from: layers is native's way, and {self.rollout.backend} reads whole weights: set it to"
+                " auto, or rollout.backend to native"
             )
         _refuse_new_model(self.model)
         _require_temperatures(self.rollout, sampling=self.sampling, evaluation=self.evaluation)

@@ -75,6 +75,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2g} seconds"
 
 
+def _between(low: float, high: float) -> str:
+    return f"{_duration(low)} to {_duration(high)}"
+
+
 def _machine(machine: dict[str, Any]) -> Table:
     table = Table(title="Machine", title_justify="left", show_header=False)
     memory, shm = machine["memory"], machine["shared_memory"]
@@ -119,9 +123,9 @@ def _show_estimate(found: dict[str, Any], console: Console) -> None:
         table.add_row("beside it, main memory", _size(found["host"]))
     table.add_row("free", _size(found["free"]))
     for name, seconds in found["seconds"].items():
-        table.add_row(f"time of {name}", f"at least {_duration(seconds)} a step")
+        table.add_row(f"time of {name}", f"{_between(*seconds)} a step")
     if found["run_seconds"]:
-        table.add_row("time of the run", f"at least {_duration(found['run_seconds'])}")
+        table.add_row("time of the run", _between(*found["run_seconds"]))
     console.print(table)
     for note in found["notes"]:
         console.print(note)

@@ -17,9 +17,12 @@ from agrpo.doctor import memory, timing
 from agrpo.doctor.machine import capacity
 from agrpo.doctor.memory import Batch, Shape
 from agrpo.doctor.timing import Speeds
-from agrpo.engine.attention import why_not_flat
+from agrpo.engine import zero
+from agrpo.engine.attention import head_size, why_not_flat
+from agrpo.engine.backends.build import require_backend
 from agrpo.known_models import ARCHITECTURES
 from agrpo.models import ModelError, gguf_file, make_trainable
+from agrpo.types import InputError
 
 _CHARACTERS = 128  # a character tokenizer's vocabulary before it has seen the data
 
@@ -76,7 +79,7 @@ def shape_of(config: Any, found: PreTrainedConfig) -> Shape:
         lm = AutoModelForCausalLM.from_config(found)
     lm = make_trainable(lm, config.model)
     heads = found.num_attention_heads
-    size = getattr(found, "head_dim", None) or found.hidden_size // heads
+    size = head_size(found)
     return Shape(
         parameters=sum(p.numel() for p in lm.parameters()),
         trainable=sum(p.numel() for p in lm.parameters() if p.requires_grad),
@@ -199,7 +202,7 @@ def savings(s: Setting) -> Iterator[tuple[str, int]]:
 
 
 def seconds_of_a_step(s: Setting, config: Any, speeds: Speeds) -> dict[str, float]:
-    """What a step's sampling and its update take, for texts at their longest."""
+    """What a step's sampling and its update take by the formulas, for texts at their longest."""
     found = {}
     policy = isinstance(config, PolicyConfig)
     if s.completion and policy:
@@ -224,10 +227,12 @@ def seconds_of_a_step(s: Setting, config: Any, speeds: Speeds) -> dict[str, floa
 
 
 def times(s: Setting, config: Any, speeds: Callable[[torch.dtype, int, int], Speeds]) -> dict[str, Any]:
-    """`seconds` of a step, by what they are for, and of the whole `run`."""
+    """`seconds` of a step, by what they are for, and of the whole `run`: the least and the most of each."""
     own = speeds(torch.bfloat16 if s.bytes == 2 else torch.float32, s.shape.hidden, s.shape.intermediate)
-    found = seconds_of_a_step(s, config, own)
-    return {"seconds": found, "run_seconds": sum(found.values()) * config.training.max_steps if s.trains else None}
+    told = seconds_of_a_step(s, config, own)
+    found = {name: [slack * told[name] for slack in timing.SLACK[name]] for name in told}
+    run = [sum(ends) * config.training.max_steps for ends in zip(*found.values(), strict=True)] if s.trains else None
+    return {"seconds": found, "run_seconds": run}
 
 
 def _free(machine: dict[str, Any]) -> tuple[int, float]:
@@ -237,12 +242,35 @@ def _free(machine: dict[str, Any]) -> tuple[int, float]:
     return (min(device["free"] for device in gpus), own) if gpus else (own, math.inf)
 
 
-def warnings(config: Any) -> list[str]:
-    """For a stage's log before it loads anything: that its configuration does not fit, and what would help most."""
+def require_possible(config: Any, found: PreTrainedConfig) -> None:
+    """Refuse what this machine's libraries cannot do with this model, before a weight is loaded.
+
+    Raises:
+        InputError: what is missing, and what to do.
+    """
+    if hasattr(config, "engine"):
+        zero.require_dtype(config.model.dtype)
+        zero.require_offload(config.engine)
+    if hasattr(config, "rollout"):
+        require_backend(config.rollout, found)
+
+
+def before_loading(config: Any) -> list[str]:
+    """What a stage asks first: it refuses what cannot run here, and returns notes: what may not fit, what would help.
+
+    Raises:
+        InputError: as `require_possible`.
+    """
     try:
-        s = setting(config, architecture(config))
+        found = architecture(config)
     except ModelError:
         return []  # the stage itself is about to say so
+    require_possible(config, found)
+    notes = zero.about_offload(config.engine) if hasattr(config, "engine") else []
+    return [*notes, *_warnings(setting(config, found))]
+
+
+def _warnings(s: Setting) -> list[str]:
     (device, host), (free, host_free) = totals(s), _free(capacity())
     if device <= free and host <= host_free:
         return []
@@ -265,7 +293,11 @@ def estimate(config: Any, machine: dict[str, Any], speeds: Callable[[torch.dtype
     s = setting(config, found)
     device, host = totals(s)
     free, host_free = _free(machine)
-    notes = ["memory and time are for texts at their longest; time is a lower bound, without rewards and evaluation"]
+    notes = ["memory and time are for texts at their longest; time is without rewards, evaluation and start-up"]
+    try:
+        require_possible(config, found)
+    except InputError as error:
+        notes.append(f"WARNING: this cannot run here: {error}")
     if not s.flat:
         notes.append(f"plain rows ({why_not_flat(found)}): activations and logits are larger than told here")
     if host > host_free:

@@ -15,6 +15,7 @@ import torch
 from packaging.requirements import Requirement
 
 from agrpo.doctor.timing import Speeds
+from agrpo.engine.memory import main_memory, read_text
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _COMMANDS = {"vllm": "bash scripts/setup.sh --vllm", "dev": "bash scripts/setup.sh --dev"}
@@ -40,7 +41,7 @@ def describe_machine(run_dir: Path) -> dict[str, Any]:
 
 def capacity() -> dict[str, Any]:
     """Main memory and each device's, in bytes."""
-    total, free = memory()
+    total, free = main_memory()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {"memory": {"total": total, "free": free}, "devices": [_device(i) for i in range(count)]}
 
@@ -48,25 +49,8 @@ def capacity() -> dict[str, Any]:
 def cores() -> int:
     """Cores that this process may use: its affinity, and its container's quota."""
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    quota, _, period = read_text("/sys/fs/cgroup/cpu.max").partition(" ")
     return min(own, max(1, int(quota) // int(period))) if quota.isdigit() and period.strip().isdigit() else own
-
-
-def memory() -> tuple[int, int]:
-    """(total, free) bytes of main memory: the machine's or the container's, whichever is less."""
-    listed = dict(line.split(":", 1) for line in _read("/proc/meminfo").splitlines() if ":" in line)
-    if "MemAvailable" not in listed:  # not Linux
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total, total
-    total, free = (int(listed[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        total, free = min(total, int(limit)), min(free, max(0, int(limit) - int(used)))
-    return total, free
-
-
-def _read(path: str) -> str:
-    return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
 
 
 def _device(index: int) -> dict[str, Any]:
@@ -77,7 +61,7 @@ def _device(index: int) -> dict[str, Any]:
 def _bfloat16(cuda: bool) -> str:
     if cuda:
         return "native" if torch.cuda.is_bf16_supported(including_emulation=False) else "emulated, slow"
-    flags = set(_read("/proc/cpuinfo").split())
+    flags = set(read_text("/proc/cpuinfo").split())
     return "native" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "emulated, slow: prefer model.dtype float32"
 
 

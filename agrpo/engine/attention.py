@@ -42,6 +42,11 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
+def head_size(config: Any) -> int:
+    """Width of one attention head, of a model's configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def why_not_flat(config: Any) -> str | None:
     """The reason why a model cannot use the flat layout, or None when it can."""
     if config.model_type not in FAMILIES:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from agrpo import job
+from agrpo.engine.memory import main_memory
 
 
 def start() -> None:
@@ -51,7 +52,7 @@ def free_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
+    return main_memory()[1] // here
 
 
 def barrier() -> None:

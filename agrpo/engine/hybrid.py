@@ -24,7 +24,7 @@ from agrpo.engine.fused import fuse_layers
 from agrpo.engine.layout import Layout
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.engine.out_of_memory import is_out_of_memory
-from agrpo.types import Prompt, Rollout, RolloutBackend
+from agrpo.types import InputError, Prompt, Rollout, RolloutBackend
 
 _ROOM = 0.5  # of the memory that is free at the start: a whole copy at ZeRO-3 may take this share
 _COUNTS = ("weight_version", "skipped_steps", "skipped_in_a_row")  # in the checkpoint
@@ -64,6 +64,7 @@ class HybridEngine:
     ) -> None:
         distributed.start()
         zero.require_dtype(dtype)
+        zero.require_offload(engine)
         self.tokenizer, self.stop = tokenizer, list(stop)
         self.weight_version = 0
         self.skipped_steps = self.skipped_in_a_row = 0  # optimiser steps whose gradient was not finite
@@ -71,6 +72,7 @@ class HybridEngine:
         self._max_skipped, self._begun = training.max_skipped_steps, False
         self.device = distributed.device()
         self.zero_stage, self._clipping = engine.zero_stage, training.gradient_clipping
+        self._resumable = engine.offload != "nvme"
         policy = module if isinstance(module, Policy) else module.policy
         rollout = rollout or RolloutConfig()
         kernels = rollout.backend == "deepspeed"
@@ -355,8 +357,14 @@ class HybridEngine:
     def load_state(self, directory: str, tag: str) -> None:
         """
         Raises:
-            InputError: a file holds more than tensors and plain values.
+            InputError: a file holds more than tensors and plain values, or the state was on a drive: DeepSpeed
+                copies that back and skips all that it keeps in memory, small weights among it.
         """
+        if not self._resumable:
+            raise InputError(
+                f"{directory}: a run with engine.offload: nvme cannot resume: start over with checkpoint.resume=false,"
+                " or use engine.offload=cpu"
+            )
         _, client_state = self._engine.load_checkpoint(directory, tag=tag)
         for name in _COUNTS:
             setattr(self, name, client_state["agrpo"][name])

@@ -1,9 +1,11 @@
-"""What a process has held at most."""
+"""What a process has held at most, and what is free."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -14,3 +16,21 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main_memory() -> tuple[int, int]:
+    """(total, free) bytes of main memory: the machine's or the container's, whichever is less."""
+    listed = dict(line.split(":", 1) for line in read_text("/proc/meminfo").splitlines() if ":" in line)
+    if "MemAvailable" not in listed:  # not Linux
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total, total
+    total, free = (int(listed[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    limit, used = read_text("/sys/fs/cgroup/memory.max").strip(), read_text("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        total, free = min(total, int(limit)), min(free, max(0, int(limit) - int(used)))
+    return total, free
+
+
+def read_text(path: str) -> str:
+    """What the system says in a file of its own; "" where there is none."""
+    return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""

@@ -7,10 +7,12 @@ import os
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import PreTrainedTokenizerBase
 
 from agrpo.config import EngineConfig, TrainingConfig
@@ -121,7 +123,6 @@ def _config(module: nn.Module, engine: EngineConfig, training: TrainingConfig, d
     if engine.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
     if engine.offload == "nvme":
-        _require_async_io()
         zero["offload_optimizer"] = {"device": "nvme", "nvme_path": str(engine.offload_path)}
     return {
         "train_micro_batch_size_per_gpu": 1,  # the stages cut micro-batches by tokens and own the boundary
@@ -136,12 +137,23 @@ def _config(module: nn.Module, engine: EngineConfig, training: TrainingConfig, d
     }
 
 
-def _require_async_io() -> None:
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+def require_offload(engine: EngineConfig) -> None:
+    """Refuse an offload for which something is missing here, before anything is made."""
+    if engine.offload == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
         raise InputError(
             "engine.offload: nvme needs libaio and a C++ compiler, which DeepSpeed does not find: on Debian"
             " apt-get install libaio-dev g++ ninja-build, or use engine.offload=cpu"
         )
+
+
+def about_offload(engine: EngineConfig) -> list[str]:
+    """Notes before an offload's first use, in which DeepSpeed compiles its I/O without a word."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if engine.offload != "nvme" or any(root.rglob("async_io.so")):
+        return []
+    lock = next(root.rglob("async_io/lock"), None)
+    waits = "" if lock is None else f"; {lock} says that another process does: if none is left, remove that file"
+    return [f"engine.offload: nvme: DeepSpeed compiles its asynchronous I/O first, once, which takes minutes{waits}"]
 
 
 def require_dtype(dtype: str) -> None:

@@ -16,6 +16,7 @@ from agrpo.yaml_input import set_path
 
 TOKENS = 12  # of a completion
 STEPS = 2
+_HEAD, _HEAD_OF_4_BITS = 8, 32  # an even number of the latter is a multiple of 64, bitsandbytes' block
 _REWARD = {"target": "agrpo.smoke.reward.letters", "name": "smoke"}  # tells untrained completions apart
 _ROWS = {"data": 16, "evaluation.data": 6, "evaluation.test": 6, "objective.group_loss.ranked.data": 16}
 Run = tuple[str, list[str]]  # a stage and its arguments
@@ -77,19 +78,20 @@ def _model(values: dict[str, Any], out: Path) -> Iterator[str]:
         return
     if name not in ARCHITECTURES:
         raise InputError(f"model.name_or_path: {name}: a smoke run knows the sizes of {', '.join(ARCHITECTURES)}")
-    folder = out / "models" / name.replace("/", "--")
+    head = _HEAD_OF_4_BITS if _at(values, "model.quantization") not in (None, "none") else _HEAD
+    folder = out / "models" / f"{name.replace('/', '--')}{f'-{head}' if head != _HEAD else ''}"
     if not folder.exists():
-        make_model(ARCHITECTURES[name], folder)
+        make_model(ARCHITECTURES[name], folder, head)
     yield f"model.name_or_path={folder}"
     yield "model.revision=null"
 
 
-def make_model(architecture: dict[str, Any], folder: Path) -> None:
+def make_model(architecture: dict[str, Any], folder: Path, head: int = _HEAD) -> None:
     """A scaled-down model of random weights, and a tokenizer of the made-up rows."""
     from agrpo.models import load_language_model, load_tokenizer, save_language_model
 
     corpus = [json.dumps(row, ensure_ascii=False) for source in MAKERS for row in rows_of(source, 24)]
-    config = ModelConfig(config=scaled_down(architecture), tokenizer=TokenizerConfig(vocab_size=1024))
+    config = ModelConfig(config=scaled_down(architecture, head), tokenizer=TokenizerConfig(vocab_size=1024))
     tokenizer, _ = load_tokenizer(config, corpus)
     save_language_model(load_language_model(config, tokenizer, 0), tokenizer, folder)
 

@@ -7,7 +7,7 @@ from functools import partial
 from agrpo.config import SFTConfig, parse_command_line
 from agrpo.data.load import encode_groups, encode_prompts, read_demonstrations, read_prompts, require_batch, texts_of
 from agrpo.data.streams import Stream
-from agrpo.doctor.estimate import warnings
+from agrpo.doctor.estimate import before_loading
 from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.engine.modules import Policy
@@ -23,7 +23,7 @@ from reward_models.configured import reward_set
 
 def main(config: SFTConfig) -> None:
     session = Session(config, "sft")
-    session.notes(warnings(config))
+    session.notes(before_loading(config))
     log, training, evaluation = session.log, config.training, config.evaluation
     data = read_demonstrations(config.data, log.note)
     tokenizer, notes = load_tokenizer(config.model, texts_of(data))

@@ -12,7 +12,7 @@ from agrpo.config import RewardConfig, parse_command_line
 from agrpo.data.load import encode_groups, read_preference_groups, require_batch
 from agrpo.data.records import leak_notes
 from agrpo.data.streams import Stream
-from agrpo.doctor.estimate import warnings
+from agrpo.doctor.estimate import before_loading
 from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.engine.modules import Policy, Scorer
@@ -34,7 +34,7 @@ from agrpo.training.session import Session, readable_errors
 
 def main(config: RewardConfig) -> None:
     session = Session(config, "reward")
-    session.notes(warnings(config))
+    session.notes(before_loading(config))
     log, training, evaluation = session.log, config.training, config.evaluation
     data = read_preference_groups(config.data, log.note)
 

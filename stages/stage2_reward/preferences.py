@@ -7,6 +7,7 @@ import torch
 from agrpo.config import PreferencesConfig, parse_command_line
 from agrpo.data.load import encode_prompts, read_prompts
 from agrpo.data.records import DataError
+from agrpo.doctor.estimate import before_loading
 from agrpo.engine import distributed
 from agrpo.engine.backends.build import build_backend
 from agrpo.engine.backends.native import Sampling
@@ -21,6 +22,8 @@ from reward_models.configured import require_scores, reward_set
 def main(config: PreferencesConfig) -> None:
     distributed.start()
     say = print if distributed.rank() == 0 else lambda text: None
+    for note in before_loading(config):
+        say(note)
     rewards = reward_set(config.rewards)
     tokenizer, _ = load_tokenizer(config.model)
     data = read_prompts(config.data, say)

@@ -8,7 +8,7 @@ from agrpo.algorithms.divergences import describe
 from agrpo.config import PolicyConfig, parse_command_line
 from agrpo.data.load import encode_prompts, read_prompts, require_batch
 from agrpo.data.streams import Stream
-from agrpo.doctor.estimate import warnings
+from agrpo.doctor.estimate import before_loading
 from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.engine.modules import ActorCritic, Policy
@@ -29,7 +29,7 @@ from reward_models.configured import require_scores, reward_set
 
 def main(config: PolicyConfig) -> None:
     session = Session(config, "agrpo")
-    session.notes(warnings(config))
+    session.notes(before_loading(config))
     log, sampling, evaluation = session.log, config.sampling, config.evaluation
     rewards, verifier = reward_set(config.rewards), reward_set(evaluation.rewards) if evaluation.rewards else None
     data = read_prompts(config.data, log.note)

@@ -12,7 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from agrpo.config import LoraConfig, ModelConfig, load_config
 from agrpo.doctor import memory, timing
-from agrpo.doctor.estimate import architecture, estimate, parts, setting, shape_of, totals, warnings
+from agrpo.doctor.estimate import (
+    architecture,
+    before_loading,
+    estimate,
+    parts,
+    seconds_of_a_step,
+    setting,
+    shape_of,
+    totals,
+)
 from agrpo.doctor.memory import Batch, Shape
 from agrpo.doctor.timing import Speeds
 from agrpo.engine.backends.native import _FlatCache
@@ -180,15 +189,15 @@ def test_known_models_have_the_published_number_of_parameters(name):
 
 def test_a_stage_that_cannot_fit_says_so(tmp_path, monkeypatch):
     config = policy_config(tmp_path)
-    assert warnings(config) == []
+    assert before_loading(config) == []
     monkeypatch.setattr("agrpo.doctor.estimate.capacity", lambda: machine(1 << 20))
-    (said,) = warnings(config)
+    (said,) = before_loading(config)
     assert "may not fit" in said and "0.0 GiB are free" in said and "activation_checkpointing" in said
     gpu = {"name": "small", "total": 1 << 20, "free": 1 << 20}
     monkeypatch.setattr("agrpo.doctor.estimate.capacity", lambda: {**machine(2**40), "devices": [gpu]})
-    assert len(warnings(config)) == 1
+    assert len(before_loading(config)) == 1
     nowhere = config.model_copy(update={"model": ModelConfig(name_or_path=str(tmp_path / "gone"))})
-    assert warnings(nowhere) == []  # loading it says what is wrong
+    assert before_loading(nowhere) == []  # loading it says what is wrong
 
 
 def test_time_follows_the_work():
@@ -217,5 +226,15 @@ def test_time_follows_the_work():
 def test_a_run_is_its_steps(tmp_path):
     config = policy_config(tmp_path, "training.max_steps=7")
     found = told(config)
-    assert set(found["seconds"]) == {"sampling", "update"} and min(found["seconds"].values()) > 0
-    assert found["run_seconds"] == pytest.approx(7 * sum(found["seconds"].values()))
+    assert set(found["seconds"]) == {"sampling", "update"}
+    for end in (0, 1):
+        assert found["run_seconds"][end] == pytest.approx(7 * sum(both[end] for both in found["seconds"].values()))
+
+
+def test_the_times_told_are_the_formulas_between_what_real_steps_took_at_least_and_at_most(tmp_path):
+    config = policy_config(tmp_path)
+    speeds = Speeds(flops=1e9, bandwidth=1e9, operation=1e-6)
+    formulas = seconds_of_a_step(setting(*with_architecture(config)), config, speeds)
+    for name, (low, high) in told(config)["seconds"].items():
+        assert 0 < low < high
+        assert (low / formulas[name], high / formulas[name]) == pytest.approx(timing.SLACK[name])

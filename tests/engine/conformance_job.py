@@ -6,7 +6,7 @@ Each rank has prompts of its own, of other lengths and numbers, so that the rank
 import sys
 
 import torch
-from tiny import FAMILIES, engine_of, ragged
+from tiny import FAMILIES, HEADS_OF_32, engine_of, ragged
 
 from agrpo.config import LoraConfig, ModelConfig, RolloutConfig
 from agrpo.engine import distributed, zero
@@ -31,7 +31,7 @@ LENGTH = 12
 
 def model(family, backend):
     torch.manual_seed(0)
-    lm = FAMILIES[family]()
+    lm = FAMILIES[family](**(HEADS_OF_32 if backend == "vllm" else {}))
     std = 0.25 if backend == "native" else 0.1
     for weight in (p for p in lm.parameters() if p.ndim == 2):
         torch.nn.init.normal_(weight, std=std)

@@ -4,11 +4,13 @@ import math
 
 import deepspeed
 import peft
+import psutil
 import pytest
 import torch
 from tiny import FAMILIES, engine_of, ragged
 
 from agrpo.config import LoraConfig, ModelConfig
+from agrpo.engine import distributed, memory
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.hybrid import TrainingDiverged
 from agrpo.engine.layout import build_layout
@@ -118,6 +120,30 @@ def test_generation_follows_the_weights(zero_stage):
         options = {"attention_mask": torch.ones_like(ids), "eos_token_id": 1, "pad_token_id": 0}
         expected = plain.generate(ids, max_new_tokens=12, do_sample=False, **options)
         assert tokens.tolist() == expected[0, len(prompt.ids) :].tolist()
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_zero_3_samples_from_a_whole_copy_only_where_there_is_room_for_one(monkeypatch, fits):
+    needed = sum(p.numel() for p in model().parameters()) * 4
+    monkeypatch.setattr(distributed, "free_memory", lambda: 2 * needed - (not fits))
+    engine = engine_of(model(), 3, persistence=0, sample_from="auto")
+    copies = {parameter.numel() > 0 for parameter in engine.whole_module.parameters()}
+    assert copies == {fits} and engine._backend.in_step is not fits
+    by_name = engine_of(model(), 3, persistence=0, sample_from="whole" if fits else "layers")
+    for step in range(2):
+        rollouts = [one.generate(PROMPTS, [2] * 3, Sampling(12), (0, step)) for one in (engine, by_name)]
+        assert torch.equal(rollouts[0].tokens, rollouts[1].tokens) and torch.equal(rollouts[0].logp, rollouts[1].logp)
+        held = {p.ds_status.name for p in engine.module.parameters()}
+        assert held == {"NOT_AVAILABLE"} and {p.numel() > 0 for p in engine.whole_module.parameters()} == copies
+        train(engine, 1, 0.03), train(by_name, 1, 0.03)
+    engine.gather()  # to be saved, it is made whole all the same
+    assert all(parameter.numel() > 0 for parameter in engine.whole_module.parameters())
+
+
+def test_free_memory_counts_what_the_system_would_give_up_for_it():
+    if memory.read_text("/sys/fs/cgroup/memory.max").strip().isdigit():
+        pytest.skip("this container has a limit of its own")
+    assert distributed.free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.1)
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)

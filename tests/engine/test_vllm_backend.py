@@ -7,8 +7,7 @@ import pytest
 import torch
 from rollout_servers import server_process
 from stage_runs import LENGTH_REWARD, launch, rows, run_tiny, tiny, tiny_policy
-from tiny import SIZES, engine_of, ragged
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tiny import FAMILIES, HEADS_OF_32, engine_of, ragged
 
 from agrpo.config import LoraConfig, ModelConfig, PolicyConfig, RolloutConfig
 from agrpo.engine.backends.checking import SamplerMismatch
@@ -20,14 +19,6 @@ from agrpo.models import make_trainable, merged_weights
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed: bash scripts/setup.sh --vllm")
-HEADS_OF_32 = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # the least that it takes on CPU
-HEADS = {**SIZES, **HEADS_OF_32}
-FAMILIES = {
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**HEADS, tie_word_embeddings=True)),
-    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**HEADS, tie_word_embeddings=False)),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS, tie_word_embeddings=True)),
-    "qwen2-untied": lambda: Qwen2ForCausalLM(Qwen2Config(**HEADS, tie_word_embeddings=False)),
-}
 GREEDY = Sampling(12, greedy=True)
 CLOSE = 2e-5  # nats; measured in float32: at most 5.2e-6
 
@@ -41,7 +32,7 @@ def prompts():
 def model(family):
     """Sharp enough that greedy has no near ties; a tied head favours the token just read, and would soon be sure."""
     torch.manual_seed(0)
-    lm = FAMILIES[family]()
+    lm = FAMILIES[family](**HEADS_OF_32)
     torch.nn.init.normal_(lm.get_output_embeddings().weight, std=0.1 if family.endswith("-tied") else 0.3)
     return lm
 
@@ -58,7 +49,7 @@ def train(engine, rate=0.05):
 
 def plain(engine, family):
     """Unmodified transformers with the engine's weights as they are now, adapters merged."""
-    lm = FAMILIES[family]()
+    lm = FAMILIES[family](**HEADS_OF_32)
     engine.generation_mode()  # at ZeRO-3 this gathers them
     lm.load_state_dict(dict(merged_weights(engine.whole_policy.lm)))
     return lm.eval()
@@ -178,6 +169,19 @@ def test_bfloat16_is_within_its_rounding():
 
 
 @needs_vllm
+@pytest.mark.parametrize("stale", ["from the start", "after a step"])
+def test_in_bfloat16_a_stale_engine_fails_the_first_check(monkeypatch, stale):
+    it = engine(model("qwen2-untied"), zero_stage=2, dtype="bfloat16")
+    if stale == "after a step":
+        it.generate(prompts(), [2] * 3, Sampling(12), (0, 0))
+        train(it)
+    monkeypatch.setattr(it._backend, "_take_weights", lambda: None)
+    it._backend._checked = False
+    with pytest.raises(SamplerMismatch, match=r"where rounding explains 0\.2"):
+        it.generate(prompts(), [2] * 3, Sampling(12), (0, 1))
+
+
+@needs_vllm
 @pytest.mark.parametrize(("nproc", "zero_stage"), [(1, 0), (2, 0), (2, 3)])
 def test_stage_3_runs_on_it(tmp_path, nproc, zero_stage):
     model = tiny_policy(tmp_path / "model", **HEADS_OF_32)
@@ -237,9 +241,12 @@ def test_a_stage_samples_on_a_vllm_server_one_step_ahead(tmp_path):
 @needs_vllm
 def test_heads_that_it_has_no_attention_for_are_refused_in_words(tmp_path):
     model = tiny_policy(tmp_path / "model")
+    (model / "model.safetensors").unlink()  # before the weights are read
     done = launch("agrpo", *tiny("agrpo", tmp_path / "run", f"model.name_or_path={model}", "rollout.backend=vllm"))
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr[-2000:]
     assert "on a CPU has no attention for heads of 8 (it has 32, 64," in done.stderr
+    assert "use rollout.backend=native; or train the model with other heads from stage 1 on" in done.stderr
+    assert "model.config.num_attention_heads=1 model.config.num_key_value_heads=1 (heads of 32)" in done.stderr
 
 
 @needs_vllm
@@ -269,6 +276,20 @@ def test_temperatures_that_vllm_does_not_take_are_refused(monkeypatch, section):
     assert PolicyConfig(**values, **{section: {"temperature": 2.0}}).corrects_sampler
     with pytest.raises(ValueError, match=rf"{section}.temperature: vllm samples at 0.01 to 2, got 3.0"):
         PolicyConfig(**values, **{section: {"temperature": 3.0}})
+
+
+def test_samplers_that_read_whole_weights_refuse_to_go_layer_by_layer(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if it were installed
+    values = {
+        "data": {"source": "python:agrpo.data.tasks.chains:problems"},
+        "rewards": [{"target": "reward_models.rules.accuracy"}],
+        "training": {"max_steps": 1},
+        "engine": {"zero_stage": 3, "sample_from": "layers"},
+    }
+    assert PolicyConfig(**values)
+    for rollout in ({"backend": "vllm"}, {"backend": "server", "servers": {"urls": ["http://127.0.0.1:1"]}}):
+        with pytest.raises(ValueError, match=r"layers is native's way, and (vllm|server) reads whole weights"):
+            PolicyConfig(**values, rollout=rollout)
 
 
 @pytest.mark.skipif(HAS_VLLM, reason="vllm is installed")

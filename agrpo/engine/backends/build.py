@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from agrpo.config import RolloutConfig
 from agrpo.engine.backends.native import NativeBackend
 from agrpo.engine.backends.remote import RemoteBackend
-from agrpo.engine.backends.vllm import VllmBackend
+from agrpo.engine.backends.vllm import VllmBackend, require_attention
 from agrpo.engine.modules import Policy, causal_lm
 from agrpo.types import RolloutBackend
 
@@ -38,6 +39,16 @@ def build_backend(
     if rollout.backend == "server":
         return RemoteBackend(policy, tokenizer=tokenizer, stop=stop, servers=rollout.servers, longest=longest)
     return native_backend(rollout, policy, tokenizer=tokenizer, stop=stop, in_step=in_step)
+
+
+def require_backend(rollout: RolloutConfig, config: PretrainedConfig) -> None:
+    """Refuse a model that the backend cannot generate from, by its configuration alone.
+
+    Raises:
+        InputError: what it lacks, and what to do.
+    """
+    if rollout.backend == "vllm" and not torch.cuda.is_available():
+        require_attention(config, rollout)
 
 
 def native_backend(

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from agrpo.config import RolloutConfig
 from agrpo.engine import distributed
+from agrpo.engine.attention import head_size
 from agrpo.engine.backends.checking import require_policy
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.modules import Policy, causal_lm, whole_weights
@@ -156,17 +157,13 @@ def _start(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, rollout: RolloutConfig, longest: int | None, on_cpu: bool
 ) -> LLM:
     settings = rollout.vllm
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    _set_environment(rollout)
     from vllm import LLM
 
     base = causal_lm(policy.lm)
     config = copy.deepcopy(base.config)
     if on_cpu:
-        _require_attention(config)
+        require_attention(config, rollout)
     config.architectures = [type(base).__name__]
     length = settings.max_model_len or longest
     positions = getattr(config, "max_position_embeddings", None)
@@ -205,16 +202,40 @@ def _start(
     return llm
 
 
-def _require_attention(config: PretrainedConfig) -> None:
+def _set_environment(rollout: RolloutConfig) -> None:
+    """What vLLM reads when it is imported, unless a person has set it."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(rollout.vllm.kv_cache_gib))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def require_attention(config: PretrainedConfig, rollout: RolloutConfig) -> None:
+    """Refuse a model whose heads vLLM's CPU build has no attention for; its weights are not asked for."""
+    _set_environment(rollout)
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = head_size(config)
     known = CPUAttentionBackend.get_supported_head_sizes()
     if size not in known:
         raise InputError(
             f"rollout.backend: vllm on a CPU has no attention for heads of {size}"
-            f" (it has {', '.join(map(str, known))}): use rollout.backend=native"
+            f" (it has {', '.join(map(str, known))}): use rollout.backend=native;{_other_heads(config, known)}"
         )
+
+
+def _other_heads(config: PretrainedConfig, known: Sequence[int]) -> str:
+    """How to make a model of this width with heads that are known, for those who train their own."""
+    width = config.hidden_size
+    size = next((size for size in known if width % size == 0), None)
+    if size is None or head_size(config) * config.num_attention_heads != width:
+        return " or a model with heads of another size"
+    heads = width // size
+    return (
+        f" or train the model with other heads from stage 1 on, there with"
+        f" model.config.num_attention_heads={heads} model.config.num_key_value_heads={heads} (heads of {size})"
+    )
 
 
 def _repack_head(model: Any) -> None:

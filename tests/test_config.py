@@ -11,7 +11,7 @@ import pytest
 import yaml
 from stage_runs import ROOT, environment, launch
 
-from agrpo.config import RewardSpec, load_config, stage_of
+from agrpo.config import METHODS, PREFERENCE_METHODS, RewardSpec, load_config, read_config, resolve, stage_of
 from agrpo.yaml_input import ConfigError, to_yaml
 from reward_models import rules
 
@@ -281,6 +281,46 @@ def test_a_method_is_only_its_settings(tmp_path):
     named = load_config("agrpo", None, [MODEL, "method=dr_grpo"])
     file.write_text(to_yaml(named.model_copy(update={"method": "agrpo"})))
     assert load_config("agrpo", file).model_dump(exclude={"method"}) == named.model_dump(exclude={"method"})
+
+
+def reloaded(stage, path, overrides, folder):
+    """A configuration, and what is read from its dump."""
+    first = resolve(stage, read_config(path, stage), path, overrides, models_exist=False)
+    dump = folder / "config.yaml"
+    dump.write_text(to_yaml(first), encoding="utf-8")
+    return first, resolve(stage, read_config(dump, stage), dump, models_exist=False)
+
+
+SHIPPED = sorted(
+    f for f in (ROOT / "configs").glob("*/*.yaml") if f.parent.name not in ("shared", "machines", "ablations")
+)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_the_dump_of_a_shipped_configuration_is_the_same_configuration(path, tmp_path):
+    stage, values = stage_of(path), read_config(path)
+    overrides = ["rollout.backend=native"] if "rollout" in values else []  # vLLM may not be installed
+    made = [("data.path", values["data"]), ("evaluation.test.path", values.get("evaluation", {}).get("test") or {})]
+    overrides += [f"{key}={path}" for key, data in made if data.get("path")]  # no stage has made the file named there
+    first, again = reloaded(stage, path, overrides, tmp_path)
+    assert again == first
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        *(("agrpo", [f"method={name}"]) for name in METHODS),
+        *(("reward", [f"method={name}"]) for name in PREFERENCE_METHODS),
+        ("agrpo", ["objective.kl=none"]),
+        ("agrpo", ["method=grpo", "objective.kl=none", "objective.watch_kl=true"]),
+        ("agrpo", ["overlong.buffer=0.2", "rewards=[{target: reward_models.learned}]"]),
+        ("agrpo", ["model.lora={rank: 4}", "engine.zero_stage=2"]),
+    ],
+    ids=lambda given: given if isinstance(given, str) else " ".join(given),
+)
+def test_the_dump_of_settings_is_the_same_configuration(stage, overrides, tmp_path):
+    first, again = reloaded(stage, QUICKSTART / f"{stage}.yaml", [MODEL, *overrides], tmp_path)
+    assert again == first
 
 
 @pytest.mark.parametrize(

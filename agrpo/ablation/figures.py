@@ -8,31 +8,13 @@ from typing import Any
 
 from agrpo.ablation.comparison import MEASURES, Comparison
 from agrpo.ablation.statistics import Estimate
-from agrpo.reporting.plots import read_series, running_mean
+from agrpo.reporting.dynamics import plot_dynamics
+from agrpo.reporting.plots import STYLE
 
 COLORS = ("#8a8f98", "#3465a4")  # baseline, method
 BARS = ("reward", "kl", "entropy", "length")
 RADARS = ("reward", "kl", "entropy")
-# Title, unit, metric, and over how many steps its running mean goes.
-DYNAMICS = (
-    ("accuracy on validation prompts", "pass@1", "evaluation/pass1", 1),
-    ("reward, mean of ten steps", "", "reward", 10),
-    ("training reward", "", "reward", 1),
-    ("KL from the reference, symmetric", "nats/token", "agrpo/kl_symmetric", 1),
-    ("variance of the advantages", "", "agrpo/advantage_variance", 1),
-    ("entropy", "nats/token", "entropy", 1),
-)
-_STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
+_STYLE = {**STYLE, "axes.grid": False}
 
 
 def draw_bars(found: Comparison, out: Path) -> Path:
@@ -97,9 +79,10 @@ def draw_radars(found: Comparison, out: Path) -> Path:
     pyplot = _pyplot()
     rows = list(found.plan.grid.rows)
     with pyplot.rc_context(_STYLE):
-        size = (4.8 * len(RADARS), 4.7)
+        size = (5.2 * len(RADARS), 4.7)
         polar = {"projection": "polar"}
         figure, axes = pyplot.subplots(1, len(RADARS), figsize=size, subplot_kw=polar, layout="constrained")
+        figure.get_layout_engine().set(wspace=0.1)
         for axis, name in zip(axes, RADARS, strict=True):
             _radar(axis, found, rows, name)
         _legend(figure, found, "lines: means over seeds · bands: from the least seed to the greatest")
@@ -145,40 +128,15 @@ def _scale(found: Comparison, name: str) -> str:
     return f"{unit}, from the SFT model's {_start(found, name):.3f}" if name == "reward" else unit
 
 
-def draw_dynamics(found: Comparison, out: Path) -> Path:
-    """The full row while it trains, six panels: means over seeds with bands from the least seed to the greatest."""
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(2, 3, figsize=(11.4, 6.0), layout="constrained")
-        for axis, (title, unit, key, window) in zip(axes.flat, DYNAMICS, strict=True):
-            for place, method, color in _methods(found):
-                runs = [
-                    _series(found, method, seed, key, window) for seed in found.line(found.plan.grid.full, method).seeds
-                ]
-                _band(axis, [run for run in runs if run], color, 3 + place)
-            axis.set(title=title, ylabel=unit, xlabel="step")
-            axis.set_xlim(left=0)
-            axis.grid()
-        _legend(figure, found, "lines: means over seeds · bands: from the least seed to the greatest")
-        figure.savefig(out, dpi=150)
-        pyplot.close(figure)
-    return out
-
-
-def _series(found: Comparison, method: str, seed: int, key: str, window: int) -> dict[int, float]:
-    """A metric of the full row's run by step, as the running mean of so many."""
-    job = found.plan.cell(found.plan.grid.full, method, seed).job
-    steps, values = read_series(job.directory / "metrics.jsonl").get(key, ([], []))
-    return dict(zip(steps, running_mean(values, window), strict=True))
-
-
-def _band(axis: Any, runs: list[dict[int, float]], color: str, order: int) -> None:
-    if not runs:
-        return
-    steps = sorted(set.intersection(*map(set, runs)))
-    seeds = [[run[step] for run in runs] for step in steps]
-    axis.plot(steps, [sum(values) / len(values) for values in seeds], color=color, linewidth=1.6, zorder=order)
-    axis.fill_between(steps, [*map(min, seeds)], [*map(max, seeds)], color=color, alpha=0.2, linewidth=0)
+def draw_dynamics(found: Comparison, out: Path) -> Path | None:
+    """The full row while it trains, beside what adapts; None where none of its cells has finished."""
+    grid = found.plan.grid
+    runs = {
+        grid.methods[method].label: [found.plan.cell(grid.full, method, seed).job.config.run_root for seed in seeds]
+        for _, method, _ in _methods(found)
+        if (seeds := found.line(grid.full, method).seeds)
+    }
+    return plot_dynamics(runs, out, COLORS) if runs else None
 
 
 def _mean(estimate: Estimate | None) -> float:

@@ -47,7 +47,8 @@ def _draw(found: Comparison, root: Path) -> list[Path]:
     from agrpo.ablation.figures import draw_bars, draw_dynamics, draw_radars
 
     drawn = {"bars": draw_bars, "radar": draw_radars, "dynamics": draw_dynamics}
-    return [draw(found, root / f"{name}.png") for name, draw in drawn.items()]
+    paths = [draw(found, root / f"{name}.png") for name, draw in drawn.items()]
+    return [path for path in paths if path is not None]
 
 
 def _places(root: Path, names: list[str], pictures: list[Path]) -> str:

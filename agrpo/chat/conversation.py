@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from agrpo.chat.settings import ChatSettings
@@ -14,7 +17,7 @@ HELP = """/reset              begin anew
 /data NAME=VALUE    a column for the rewards, such as solution=42
 /pick N             go on from the N-th answer of the last turn (it is the first otherwise)
 /history            what has been said
-/quit               so does the end of the input
+/quit               so does the end of the input; Ctrl-C stops an answer
 """
 
 
@@ -23,15 +26,19 @@ class Speaks(Protocol):
 
     name: str
 
-    def answer(self, prompt: Text, settings: ChatSettings, turn: int, show: Callable[..., None]) -> list[Any]: ...
+    def answer(
+        self, prompt: Text, settings: ChatSettings, turn: int, show: Callable[[Sequence[str]], None]
+    ) -> list[Any]: ...
 
 
 class Screen(Protocol):
-    """Where answers appear."""
+    """Where answers appear: so many of each of the models with these titles, shown as they grow, then judged."""
 
     def say(self, text: str) -> None: ...
-    def watch(self, title: str, count: int) -> Callable[[Sequence[str]], None]: ...
-    def done(self, notes: Sequence[str]) -> None: ...
+    def begin(self, titles: Sequence[str], count: int) -> None: ...
+    def show(self, place: int, texts: Sequence[str]) -> None: ...
+    def judged(self, place: int, notes: Sequence[str]) -> None: ...
+    def end(self) -> None: ...
 
 
 Judge = Callable[[Text, Sequence[Any], dict[str, str]], list[str]]  # (prompt, answers, columns) → a note on each
@@ -73,6 +80,8 @@ class Conversation:
                     self._answer(text)
             except InputError as error:
                 self.screen.say(f"error: {error}")
+            except KeyboardInterrupt:
+                self.screen.say("stopped; nothing of this turn is kept")
 
     def _command(self, name: str, rest: str) -> None:
         rest = rest.strip()
@@ -111,22 +120,27 @@ class Conversation:
 
     def _answer(self, text: str) -> None:
         asked = [{"role": "user", "content": text}]
-        for place, speaker in enumerate(self.speakers):
-            prompt: Text = [*self.histories[place], *asked] if self.turns else text
-            title = speaker.name if len(self.speakers) > 1 else ""
-            show = self.screen.watch(title, self.settings.samples)
-            notes: list[str] = []
-            try:
-                answers = speaker.answer(prompt, self.settings, self.turn, show)
-                if self.judge is not None:
-                    notes = self.judge(prompt, answers, self.columns)
-            finally:
-                self.screen.done(notes)
-            self._last[place] = answers
-            if self.turns:
-                said = [*asked, {"role": "assistant", "content": answers[0].text}]
-                self.histories[place] = [*self.histories[place], *said]
-        self.turn += 1
+        several, found = len(self.speakers) > 1, []
+        self.screen.begin([speaker.name if several else "" for speaker in self.speakers], self.settings.samples)
+        try:
+            with _stopped_between_tokens() as check:
+                for place, speaker in enumerate(self.speakers):
+                    prompt: Text = [*self.histories[place], *asked] if self.turns else text
+                    show = partial(self._show, place, check)
+                    answers = speaker.answer(prompt, self.settings, self.turn, show)
+                    notes = self.judge(prompt, answers, self.columns) if self.judge is not None else []
+                    self.screen.judged(place, notes)
+                    found.append(answers)
+        finally:
+            self.screen.end()
+        self._last, self.turn = found, self.turn + 1
+        if self.turns:
+            for history, answers in zip(self.histories, found, strict=True):
+                history += [*asked, {"role": "assistant", "content": answers[0].text}]
+
+    def _show(self, place: int, check: Callable[[], None], texts: Sequence[str]) -> None:
+        check()
+        self.screen.show(place, texts)
 
     def _pick(self, rest: str) -> None:
         count = len(self._last[0])
@@ -137,3 +151,25 @@ class Conversation:
         for history, answers in zip(self.histories, self._last, strict=True):
             history[-1] = {"role": "assistant", "content": answers[int(rest) - 1].text}
         self.screen.say(f"going on from answer {rest}")
+
+
+@contextmanager
+def _stopped_between_tokens() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits for the next check, so that no answer is left half drawn; a second one does not wait."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -71,6 +71,12 @@ class ObjectiveConfig(Section):
     value_coef: Positive = 0.5  # weight of the value loss, with advantage.kind: gae
     value_clip: Positive | None = 0.2  # how far an update may move a value from the rollout's
     watch_kl: bool = False  # keep the reference, and report the divergence from it, where no term of the loss needs it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beta_of_nothing(cls, values: Any) -> Any:
+        """Without a divergence β is 0 where none is given, so that what is dumped is what has an effect."""
+        return {"beta": 0.0, **values} if isinstance(values, dict) and values.get("kl") == "none" else values
 
     @model_validator(mode="after")
     def _one_clip(self) -> Self:

@@ -238,7 +238,7 @@ class PolicyConfig(StageConfig):
             raise ValueError(
                 "objective.epsilon_high: smaller than epsilon_low; the clip range is [1 − low, 1 + high], high ≥ low"
             )
-        if self.objective.kl == "none" and self.objective.beta > 0 and "beta" in self.objective.model_fields_set:
+        if self.objective.kl == "none" and self.objective.beta > 0:
             raise ValueError("objective.beta: has no effect with kl: none; set kl, or beta to 0")
         if self.evaluation.data is not None and not self.evaluation.rewards:
             raise ValueError("evaluation.data: needs evaluation.rewards to grade completions")

@@ -31,7 +31,7 @@ MakeGrading = Callable[[list[RewardSpec], str | None], "Grading"]
 
 def add_data(options: argparse.ArgumentParser) -> None:
     data = options.add_argument_group("data")
-    data.add_argument("--benchmark", metavar="NAME", help=", ".join(BENCHMARKS))
+    data.add_argument("--benchmark", metavar="NAME", help=", ".join([*BENCHMARKS, "reasoning_gym:TASK"]))
     data.add_argument("--data", metavar="SOURCE", help="a file, reasoning_gym:TASK, python:MODULE:FUNCTION or a Hub id")
     data.add_argument("--split", help="of the data (default: test)")
     data.add_argument(
@@ -110,7 +110,9 @@ def sample_sizes(options: argparse.Namespace) -> list[int] | None:
 def benchmark_of(options: argparse.Namespace) -> Benchmark:
     """The benchmark that the options name, or a record of the user's data."""
     source = options.data or ""
-    if options.benchmark:
+    if options.benchmark and options.benchmark.startswith("reasoning_gym:"):
+        benchmark = task_of(options.benchmark)
+    elif options.benchmark:
         benchmark = find_benchmark(options.benchmark)
     elif not source:
         raise InputError("nothing to measure on: give --benchmark NAME, --data SOURCE, or both (a local copy)")

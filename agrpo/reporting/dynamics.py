@@ -28,8 +28,8 @@ class Panel:
 
 PANELS = (
     Panel(("evaluation/pass1", "evaluation/greedy"), "Accuracy", "evaluation pass@1"),
-    Panel(("reward",), "Averaged reward", "running mean", smooth=True),
-    Panel(("reward",), "Training reward", "mean of a step"),
+    Panel(("reward",), "Averaged reward", "reward of a step", smooth=True),
+    Panel(("reward",), "Training reward", "reward of a step"),
     Panel(("agrpo/kl_symmetric", "kl"), "KL to the reference", "nats a token", smooth=True),
     Panel(("agrpo/advantage_variance",), "Advantage variance", "of a completion", smooth=True),
     Panel(("entropy",), "Entropy", "nats a token", smooth=True),
@@ -77,23 +77,24 @@ def over_seeds(curves: Sequence[Series]) -> Band:
     )
 
 
-def plot_dynamics(runs: Sequence[Path], out: Path) -> Path:
-    """Draws stage 3 of the runs over each other; a panel that no run recorded takes no room.
+def plot_dynamics(runs: Mapping[str, Sequence[Path]], out: Path, colours: Sequence[str] = COLOURS) -> Path:
+    """Draws stage 3 of the runs over each other; a panel that no run recorded, or where all are 0, takes no room.
 
     Args:
-        runs: run directories; those whose names differ in their seed alone become one line, their mean, in a band from
-            the least to the greatest of them.
+        runs: by the name of a line, the run directories that it is the mean of, in a band from the least to the
+            greatest of them.
+        colours: of the lines.
 
     Raises:
         FileNotFoundError: no run recorded anything that is drawn here.
     """
     recorded = {
-        name: [read_series(run / "agrpo" / "metrics.jsonl") for run in members]
-        for name, members in families(runs).items()
+        name: [read_series(run / "agrpo" / "metrics.jsonl") for run in members] for name, members in runs.items()
     }
-    panels = [panel for panel in PANELS if any(_curves(panel, members) for members in recorded.values())]
+    panels = [panel for panel in PANELS if any(_moves(_curves(panel, members)) for members in recorded.values())]
     if not panels:
-        raise FileNotFoundError(f"{', '.join(map(str, runs))}: no agrpo/metrics.jsonl with anything to draw")
+        named = ", ".join(str(run) for members in runs.values() for run in members)
+        raise FileNotFoundError(f"{named}: no agrpo/metrics.jsonl with anything to draw")
 
     import matplotlib
 
@@ -108,14 +109,14 @@ def plot_dynamics(runs: Sequence[Path], out: Path) -> Path:
         )
         for axis, panel in zip(axes.flat, panels, strict=False):
             for i, (name, members) in enumerate(recorded.items()):
-                _draw(axis, panel, name, _curves(panel, members), COLOURS[i % len(COLOURS)])
-            axis.set(title=panel.title, xlabel="step", ylabel=panel.unit, xlim=(0, None))
+                _draw(axis, panel, name, _curves(panel, members), colours[i % len(colours)])
+            unit = f"{panel.unit}, running mean" if panel.smooth else panel.unit
+            axis.set(title=panel.title, xlabel="step", ylabel=unit, xlim=(0, None))
             axis.xaxis.get_major_locator().set_params(integer=True)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
-        marks, labels = _legend(axes.flat)
-        if len(labels) > 1:
-            figure.legend(marks, labels, loc="outside upper left", ncols=min(4, len(labels)))
+        figure.align_ylabels(axes)
+        _legend(figure, axes.flat, bands=any(len(members) > 1 for members in runs.values()))
         figure.savefig(out, dpi=150)
         pyplot.close(figure)
     return out
@@ -130,23 +131,33 @@ def _curves(panel: Panel, members: Sequence[Mapping[str, Series]]) -> list[Serie
     return found
 
 
+def _moves(curves: Sequence[Series]) -> bool:
+    return any(value != 0 for _, values in curves for value in values)
+
+
 def _draw(axis, panel: Panel, name: str, curves: Sequence[Series], colour: str) -> None:
     if panel.smooth:
         curves = [(steps, running_mean(values, max(5, len(values) // 20))) for steps, values in curves]
     if not curves:
         return
     band = over_seeds(curves)
-    few = len(band.steps) < 30
+    few = len(band.steps) < 15
     label = f"{name} ({band.runs} runs)" if band.runs > 1 else name
-    axis.plot(band.steps, band.mean, "o-" if few else "-", color=colour, label=label, linewidth=1.6, markersize=3.5)
+    axis.plot(band.steps, band.mean, "o-" if few else "-", color=colour, label=label, linewidth=1.6, markersize=3)
     if band.runs > 1:
         axis.fill_between(band.steps, band.low, band.high, color=colour, alpha=0.18, linewidth=0)
 
 
-def _legend(axes) -> tuple[list, list[str]]:
-    """Each run's or family's line once, whichever panel has it."""
+def _legend(figure, axes, bands: bool) -> None:
+    """Each line once, whichever panel has it, and how to read them."""
     found = {}
     for axis in axes:
         for mark, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, mark)
-    return list(found.values()), list(found)
+    if len(found) > 1:
+        figure.legend(found.values(), found, loc="outside upper left", ncols=min(4, len(found)), fontsize=10)
+    reading = "running means: of a twentieth of the steps, at least 5"
+    if bands:
+        reading = f"lines: means over seeds · bands: from the least seed to the greatest · {reading}"
+    if bands or len(found) > 1:
+        figure.legend(handles=[], title=reading, title_fontsize=8, loc="outside lower right")

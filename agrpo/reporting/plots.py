@@ -196,7 +196,7 @@ def _draw(axis, panel: Panel, series: Mapping[str, Series]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from agrpo.reporting.dynamics import plot_dynamics
+    from agrpo.reporting.dynamics import families, plot_dynamics
 
     parser = argparse.ArgumentParser(prog="agrpo plot", description="Draws a run's curves, or several runs' dynamics.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="a run, such as runs/quickstart")
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.dynamics or len(options.runs) > 1:
             default = Path() if len(options.runs) > 1 else first
-            print(plot_dynamics(options.runs, options.out or default / "dynamics.png"))
+            print(plot_dynamics(families(options.runs), options.out or default / "dynamics.png"))
         else:
             print(plot_run(first, options.out))
     except FileNotFoundError as error:

@@ -1,6 +1,7 @@
 """`agrpo chat`: talk to a model, or to two at once, in the terminal or through a pipe."""
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -58,7 +59,7 @@ def judge(specs: list) -> Any:
         lost = rewards.take_errors()
         if lost:
             name = next(iter(lost))
-            return [f"{name}: {rewards.first_error[name].strip().splitlines()[-1]}"] * count
+            return [f"{name}: {in_words(rewards.first_error[name].strip().splitlines()[-1])}"] * count
         totals = rewards.total(scores).tolist()
         return [
             f"reward {shown(total)}" + "".join(f"  {n} {shown(s)}" for n, s in zip(rewards.names, row, strict=True))
@@ -66,6 +67,12 @@ def judge(specs: list) -> Any:
         ]
 
     return say
+
+
+def in_words(error: str) -> str:
+    """Why a reward failed; a column that it wants is one that /data gives."""
+    wanted = re.findall(r"'(\w+)'", error) if "required keyword-only argument" in error else []
+    return f"needs {', '.join(f'/data {name}=…' for name in wanted)}" if wanted else error
 
 
 def shown(score: float) -> str:

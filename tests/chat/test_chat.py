@@ -2,16 +2,21 @@
 
 import io
 import itertools
+import os
+import pty
+import signal
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
+from rich.console import Console
 from stage_runs import ROOT, environment, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agrpo.chat.conversation import Conversation
-from agrpo.chat.screens import Lines
+from agrpo.chat.screens import Lines, Panels
 from agrpo.chat.settings import ChatSettings
 from agrpo.chat.speaker import Answer, Speaker
 
@@ -116,11 +121,91 @@ def test_plain_prompts_have_no_history():
     assert heard == ["one", "two"] and out.count("--chat gives") == 2
 
 
+def test_an_interrupted_turn_leaves_no_trace():
+    class Interrupted(Parrot):
+        def answer(self, prompt, settings, turn, show):
+            if turn == 1 and len(self.heard) == 1:
+                self.heard.append(prompt)
+                show(["half an answ"])
+                raise KeyboardInterrupt
+            return super().answer(prompt, settings, turn, show)
+
+    one, other, out = Parrot(), Interrupted(), io.StringIO()
+    conversation = Conversation([one, other], Lines(out), ChatSettings())
+    conversation.run(["first", "stopped", "second"])
+    for parrot in (one, other):
+        turns = [[turn["content"] for turn in prompt] for prompt in parrot.heard]
+        assert turns == [["first"], ["first", "1:0", "stopped"], ["first", "1:0", "second"]]
+    assert "half an answ\nstopped; nothing of this turn is kept\n" in out.getvalue()
+
+
 def test_what_a_model_writes_cannot_steer_the_terminal():
     out = io.StringIO()
     lines = Lines(out)
-    show = lines.watch("", 1)
-    show(["a\x1b"])
-    show(["a\x1b[2Jb\x1b[31mc"])
-    lines.done([])
+    lines.begin([""], 1)
+    lines.show(0, ["a\x1b"])
+    lines.show(0, ["a\x1b[2Jb\x1b[31mc"])
+    lines.judged(0, [])
+    lines.end()
     assert "\x1b" not in out.getvalue() and "b" in out.getvalue() and out.getvalue().endswith("c\n")
+
+
+def test_ctrl_c_stops_between_tokens():
+    class Busy(Parrot):
+        def answer(self, prompt, settings, turn, show):
+            show(["one"])
+            signal.raise_signal(signal.SIGINT)
+            self.heard.append("goes on to the next token")
+            show(["one two"])
+            raise AssertionError("was not stopped")
+
+    busy, out = Busy(), io.StringIO()
+    Conversation([busy], Lines(out), ChatSettings()).run(["hello"])
+    assert busy.heard == ["goes on to the next token"]
+    assert out.getvalue() == "one\nstopped; nothing of this turn is kept\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nothing_that_is_typed_moves_the_cursor_while_answers_are_drawn(monkeypatch):
+    ours, theirs = pty.openpty()
+    with open(theirs, closefd=True) as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        panels = Panels(Console(file=io.StringIO(), width=80, height=10))
+
+        def echoes():
+            return bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
+
+        assert echoes()
+        panels.begin([""], 1)
+        assert not echoes()
+        panels.end()
+        assert echoes()
+    os.close(ours)
+
+
+@pytest.mark.parametrize(
+    ("width", "titles", "count", "rows"),
+    [
+        (80, [""], 3, [["1", "2"], ["3"]]),
+        (200, [""], 3, [["1", "2", "3"]]),
+        (40, [""], 2, [["1"], ["2"]]),
+        (80, ["a", "b"], 1, [["a", "b"]]),
+        (200, ["a", "b"], 2, [["a 1", "b 1"], ["a 2", "b 2"]]),
+    ],
+)
+def test_panels_stand_beside_each_other_where_they_fit(width, titles, count, rows):
+    out = io.StringIO()
+    panels = Panels(Console(file=out, width=width, height=10))
+    panels.begin(titles, count)
+    text = " ".join(f"word{n}" for n in range(120)) + " " + "long" * 60 + "!"  # taller, and a word wider, than all
+    for place in range(len(titles)):
+        panels.show(place, [text] * count)
+        panels.judged(place, ["reward 1.000  [b]length[/b] 0.500"] * count)
+    panels.end()
+    shown = out.getvalue().splitlines()
+    assert [[t.strip("─ ") for t in line.split("╮")[:-1]] for line in shown if "╭" in line] == [
+        [f"╭─ {title}" for title in row] for row in rows
+    ]
+    assert all(len(line) <= width for line in shown)
+    assert "…" not in out.getvalue() and out.getvalue().count("!") == count * len(titles)
+    assert out.getvalue().count("word119 ") == out.getvalue().count("[b]length[/b]") == count * len(titles)

@@ -1,5 +1,6 @@
 """Evaluations of a tiny policy: the same numbers whole, interrupted at any place, and by any number of processes."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -155,6 +156,19 @@ def test_the_command_stopped_by_a_signal_goes_on_in_two_processes_to_the_same_nu
     assert told["left_out"] == 0 and "pass@1" in second.stdout
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_vllm_measures_the_same_greedy_completions(data, tmp_path):
+    model = tiny_policy(tmp_path / "model", hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    rows = {}
+    for backend in ("native", "vllm"):
+        done = agrpo_eval(str(model), data, tmp_path / backend, "--backend", backend)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows[backend] = read_results(tmp_path / backend / "results.jsonl")
+    greedy = {name: [row["greedy"] for row in of] for name, of in rows.items()}
+    assert greedy["vllm"] == greedy["native"]
+    assert all(len(row["samples"]) == 3 for row in rows["vllm"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -167,7 +181,6 @@ def test_the_command_stopped_by_a_signal_goes_on_in_two_processes_to_the_same_nu
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(policy, data, tmp_path, arguments, message, capsys, monkeypatch):
-    import importlib.util
     import runpy
 
     if "--lm-eval" in arguments and importlib.util.find_spec("lm_eval"):

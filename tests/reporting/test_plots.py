@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agrpo.reporting.dynamics import families, plot_dynamics
 from agrpo.reporting.files import read_series
 from agrpo.reporting.plots import main, plot_run, running_mean
 
@@ -45,3 +46,22 @@ def test_running_mean_is_the_mean_of_the_last_values(values, window):
     for i, mean in enumerate(running_mean(values, window)):
         part = values[max(0, i - window + 1) : i + 1]
         assert math.isclose(mean, sum(part) / len(part), abs_tol=1e-9)
+
+
+def test_dynamics_draw_the_mean_of_seeds_and_leave_out_what_stays_at_0(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    for name, rewards in (("a-seed0", (0.0, 0.2, 0.4)), ("a-seed1", (0.2, 0.4, 0.8)), ("b", (1.0, 1.0, 1.0))):
+        rows = [{"step": s, "time_s": 1.0, "reward": r, "agrpo/lambda": 0.0} for s, r in enumerate(rewards)]
+        write(tmp_path / name / "agrpo" / "metrics.jsonl", rows)
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    assert plot_dynamics(families(sorted(tmp_path.iterdir())), tmp_path / "dynamics.png").exists()
+    axes = [axis for axis in kept[0].axes if axis.get_visible()]
+    assert [axis.get_title(loc="left") for axis in axes] == ["Averaged reward", "Training reward"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes[1].lines}
+    assert lines == {"a (2 runs)": pytest.approx([0.1, 0.3, 0.6]), "b": [1.0, 1.0, 1.0]}
+    (band,) = axes[1].collections
+    assert {tuple(point) for point in band.get_paths()[0].vertices} >= {(3, 0.4), (3, 0.8)}
+    monkeypatch.undo()
+    pyplot.close(kept[0])

@@ -2,17 +2,20 @@
 
 import json
 import re
+import shlex
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
+from stage_runs import ROOT
 
 from agrpo.reporting.dynamics import families, over_seeds
 from agrpo.reporting.metrics import RunLog
 from agrpo.reporting.report.command import main
-from agrpo.reporting.report.gather import thinned
+from agrpo.reporting.report.gather import gather, thinned
 from agrpo.reporting.report.page import MOST_BYTES, embedded, render, report, write_report
 from agrpo.reporting.report.serve import server
 
@@ -97,6 +100,17 @@ def test_a_long_run_stays_small(tmp_path):
     assert 20 < len(kept) < 600 and max(kept) > 550 and min(kept) < 50, "spread over the whole run"
     assert all(len(curve[0]) <= 320 for curve in data["stages"]["agrpo"]["series"].values())
     assert data["samples"][0]["completion"].endswith("… (15,000 characters)")
+
+
+def test_the_command_that_runs_it_again_names_its_own_file(tmp_path):
+    root = make_run(tmp_path / "a run", steps=3)
+    with (root / "agrpo" / "config.yaml").open("a") as file:
+        file.write(f"run: {{dir: '{tmp_path}', name: a run}}\n")
+    words = shlex.split(gather([root], 0)["runs"][0]["stages"]["agrpo"]["reproduce"])
+    script, config, name = words[1], words[3], words[4]
+    assert (
+        (ROOT / script).is_file() and Path(config) == root / "agrpo" / "config.yaml" and name == "run.name=a run-again"
+    )
 
 
 def test_thinning_keeps_the_mean_and_the_last_step():
@@ -209,6 +223,22 @@ def test_samples_are_sorted_and_filtered(browser, run, tmp_path):
     assert fill(".filters input[type=number]", "20") == "20 of 60 samples"
     assert fill(".filters select", "up") == "10 of 60 samples"
     assert fill(".filters input[type=search]", "PROMPT 25 ") == "1 of 60 samples"
+
+
+@needs_chromium
+def test_runs_beside_each_other_on_a_phone(browser, tmp_path):
+    runs = [make_run(tmp_path / f"a-seed{seed}", seed=seed, text="<answer>7</answer>") for seed in range(2)]
+    browser.console.clear()
+    browser.open(write_report(runs, tmp_path / "report.html").as_uri(), width=390)
+    assert browser.run("document.documentElement.scrollWidth") == 390
+    heights = "[...document.querySelectorAll('.samples td')].map((cell) => cell.getBoundingClientRect().height)"
+    assert max(browser.run(heights)) < 30, "no name or prompt is broken into lines"
+    browser.run(
+        "(() => { const list = document.querySelector('.narrow select'); list.value = 'reward up';"
+        " list.dispatchEvent(new Event('change')); })()"
+    )
+    assert browser.run("document.querySelector('.samples tbody tr .score').textContent") == "0"
+    assert browser.console == []
 
 
 @needs_chromium

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -83,7 +84,7 @@ def _stage(directory: Path, stage: str, points: int) -> dict[str, Any]:
         "findings": [vars(finding) for finding in diagnose(stage, record)],
         "series": {name: thinned(found, points) for name, found in sorted(series.items())},
         "config": text,
-        "reproduce": _reproduce(stage, directory),
+        "reproduce": _reproduce(stage, directory, config),
         "bounds": {
             name: config.get("controllers", {}).get(name, {}).get("bounds")
             for name in ("beta", "epsilon", "lambda")
@@ -96,10 +97,11 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _reproduce(stage: str, directory: Path) -> str:
+def _reproduce(stage: str, directory: Path, config: Mapping[str, Any]) -> str:
     script = {"sft": "stage1_sft", "reward": "stage2_reward", "agrpo": "stage3_agrpo"}[stage]
-    run = directory.parent
-    return f"bash stages/{script}/run.sh --config {run.name}/{directory.name}/config.yaml run.name={run.name}-again"
+    name = directory.resolve().parent.name
+    file = Path(config.get("run", {}).get("dir", "runs")) / name / stage / "config.yaml"
+    return f"bash stages/{script}/run.sh --config {shlex.quote(str(file))} {shlex.quote(f'run.name={name}-again')}"
 
 
 def thinned(series: Series, points: int) -> list[list[float]]:
@@ -149,7 +151,7 @@ def verdict(stages: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any])
     elif stage == "agrpo" and (values := shown["series"].get("reward")):
         window = max(1, len(values[1]) // 10)
         first, last = statistics.fmean(values[1][:window]), statistics.fmean(values[1][-window:])
-        sentences.append(f"The reward went from {first:.3g} to {last:.3g}.")
+        sentences.append(f"The reward went from {first:.3g} to {last:.3g}.".replace("-", "−"))
     elif stage == "reward" and summary.get("reward", {}).get("pairwise_accuracy") is not None:
         sentences.append(f"Held-out pairwise accuracy is {summary['reward']['pairwise_accuracy']:.1%}.")
     elif stage == "sft" and after is None and before is not None:

@@ -29,7 +29,7 @@ function fill(node, attributes) {
 const colour = (i) => `var(--c${i % COLOURS})`;
 function number(value, percent) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
-  if (percent) return `${(100 * value).toFixed(1)}%`;
+  if (percent) return `${(100 * value).toFixed(1)}%`.replace(/^-0\.0%/, "0.0%").replace("-", "−");
   const size = Math.abs(value);
   if (size === 0) return "0";
   if (size >= 1000) return Math.round(value).toLocaleString("en");
@@ -47,21 +47,21 @@ const CHARTS = {
     ["Learning", [
       { title: "Accuracy", unit: "share right", percent: true, marks: true, lines: [["evaluation/pass1", "pass@1"], ["evaluation/greedy", "greedy"], ["evaluation/pass8", "pass@8"]] },
       { title: "Reward", unit: "mean of a step", smooth: true, lines: [["reward", "reward"]] },
-      { title: "Symmetric KL to the reference", unit: "nats a token", smooth: true, lines: [[["agrpo/kl_symmetric", "kl"], "KL"]] },
+      { title: "KL to the reference", unit: "symmetric, nats a token", smooth: true, lines: [[["agrpo/kl_symmetric", "kl"], "KL"]] },
       { title: "Entropy", unit: "nats a token", smooth: true, lines: [["entropy", "entropy"]] },
       { title: "Advantage variance", unit: "of a completion", smooth: true, lines: [["agrpo/advantage_variance", "variance"]] },
       { title: "Groups that teach nothing", unit: "rewards all equal", percent: true, smooth: true, lines: [["frac_reward_zero_std", "share"]] },
     ]],
     ["Reward components", "components"],
     ["Length of completions", [
-      { title: "Length", unit: "tokens", smooth: true, band: ["completions/length_p10", "completions/length_p90"], lines: [["completions/mean_length", "mean"]] },
+      { title: "Length", unit: "tokens", smooth: true, band: ["completions/length_p10", "completions/length_p90"], told: "band: 10% to 90%", lines: [["completions/mean_length", "mean"]] },
       { title: "Cut at the limit", unit: "share of completions", percent: true, smooth: true, lines: [["completions/clipped_ratio", "share"]] },
       { histogram: true, title: "Lengths of the samples", unit: "tokens" },
     ]],
     ["Controllers", [
       { title: "β, weight of the divergence", bound: "beta", lines: [["agrpo/beta", "β"]] },
       { title: "ε, clip range", bound: "epsilon", lines: [["agrpo/epsilon", "ε"]] },
-      { title: "λ, share of the preference loss", bound: "lambda", lines: [["agrpo/lambda", "λ"]] },
+      { title: "λ, share of the preference loss", bound: "lambda", moves: true, lines: [["agrpo/lambda", "λ"]] },
       { title: "Preference uncertainty", unit: "bits", smooth: true, lines: [["agrpo/uncertainty", "uncertainty"]] },
     ]],
     ["Optimisation", [
@@ -104,12 +104,12 @@ function found(stage, names) {
   for (const name of [names].flat()) if (stage.series[name] && stage.series[name][0].length) return stage.series[name];
   return null;
 }
+const widthOf = (values) => (values.length < 20 ? 1 : Math.max(5, Math.round(values.length / 20)));
 function smoothed(values) {
-  const window = Math.max(5, Math.round(values.length / 20));
-  let sum = 0;
-  return values.map((value, i) => {
-    sum += value - (i >= window ? values[i - window] : 0);
-    return sum / Math.min(i + 1, window);
+  const width = widthOf(values);
+  return values.map((_, i) => {
+    const part = values.slice(Math.max(0, i + 1 - width), i + 1);
+    return part.reduce((a, b) => a + b, 0) / part.length;
   });
 }
 // The value of a curve at a step: of the last point not after it.
@@ -139,7 +139,7 @@ function linesOf(spec, stage) {
     return spec.lines.map(([names, label], i) => {
       const curve = found(shown, names);
       if (!curve) return null;
-      const mean = spec.smooth && curve[0].length >= 20 ? [curve[0], smoothed(curve[1])] : null;
+      const mean = spec.smooth && widthOf(curve[1]) > 1 ? [curve[0], smoothed(curve[1])] : null;
       const ends = i === 0 && spec.band ? spec.band.map((name) => found(shown, name)) : [];
       const band = ends.length && ends.every(Boolean) ? ends : null;
       return { label, colour: colour(i), curve: mean || curve, raw: mean ? curve : null, band, marks: spec.marks && curve[0].length < 60 };
@@ -148,7 +148,7 @@ function linesOf(spec, stage) {
   return families().map(([name, runs], i) => {
     const curves = runs.map((run) => run.stages[stage] && found(run.stages[stage], spec.lines[0][0])).filter(Boolean);
     if (!curves.length) return null;
-    const ready = curves.map((curve) => spec.smooth && curve[0].length >= 20 ? [curve[0], smoothed(curve[1])] : curve);
+    const ready = curves.map((curve) => spec.smooth ? [curve[0], smoothed(curve[1])] : curve);
     if (ready.length === 1) return { label: name, colour: colour(i), curve: ready[0], raw: null, band: null, marks: spec.marks && ready[0][0].length < 60 };
     const { mean, low, high } = overSeeds(ready);
     return mean[0].length ? { label: `${name} (${ready.length})`, colour: colour(i), curve: mean, raw: null, band: [low, high], marks: false } : null;
@@ -178,17 +178,21 @@ function chart(spec, stage) {
   const at = el("span", { class: "at" }, spec.unit || "");
   const values = lines.map(() => el("b"));
   const legend = el("div", { class: "legend" }, lines.map((line, i) => el("span", {}, key(line.colour), `${line.label} `, values[i])));
+  if (spec.told && lines[0].band && data.runs.length === 1) legend.append(el("span", {}, spec.told));
   const surface = svg("svg", { role: "img", tabindex: "0", "aria-label": `${spec.title}: ${lines.map((l) => `${l.label} ends at ${number(l.curve[1].at(-1), spec.percent)}`).join(", ")}. Arrow keys move through the steps.` });
   const figure = el("figure", { class: "chart" }, el("figcaption", {}, el("span", { class: "name" }, spec.title), at), legend, surface);
   const first = 0, last = Math.max(...lines.map((line) => line.curve[0].at(-1)));
   const everything = lines.flatMap((line) => [line.curve, ...(line.raw ? [line.raw] : []), ...(line.band || [])]).flatMap((curve) => curve[1]);
   let low = everything.reduce((a, b) => Math.min(a, b)), high = everything.reduce((a, b) => Math.max(a, b));
+  if (spec.moves && low === 0 && high === 0) return null;
   if (spec.zero) low = Math.min(0, low);
   const varies = high - low > 1e-9 * Math.max(Math.abs(low), Math.abs(high)); // rounding alone is no curve
-  const pad = varies ? 0.06 * (high - low) : Math.abs(high) * 0.1 || 0.5;
+  const pad = varies ? 0.06 * (high - low) : Math.abs(high) * 0.1 || (spec.percent ? 0.05 : 0.5);
   const bounded = (value, sign) => spec.percent && (sign < 0 ? low >= 0 : high <= 1) ? Math.min(1, Math.max(0, value)) : value;
   low = spec.zero && low === 0 ? 0 : bounded(low - pad, -1);
   high = bounded(high + pad, 1);
+  const bounds = (spec.bound && data.runs.length === 1 && data.runs[0].stages[stage].bounds[spec.bound] || []).filter((b) => b >= low && b <= high);
+  if (bounds.length) legend.append(el("span", {}, "dashed: its bound"));
   let cursor = null, x = null, size = null;
 
   function tell(step) {
@@ -210,8 +214,7 @@ function chart(spec, stage) {
     }
     const xTicks = ticks(first, last, Math.max(2, Math.round(width / 90))).filter((t) => Number.isInteger(t));
     for (const t of xTicks) surface.append(svg("text", { x: x(t), y: height - 5, "text-anchor": x(t) > right - 14 ? "end" : "middle" }, tickText(t, xTicks, false)));
-    const bounds = spec.bound && data.runs.length === 1 ? data.runs[0].stages[stage].bounds[spec.bound] || [] : [];
-    for (const b of bounds) if (b >= low && b <= high) surface.append(svg("line", { class: "bound", x1: left, x2: right, y1: y(b), y2: y(b) }));
+    for (const b of bounds) surface.append(svg("line", { class: "bound", x1: left, x2: right, y1: y(b), y2: y(b) }));
     for (const line of lines) {
       if (line.band) {
         const [from, to] = line.band, back = [[...to[0]].reverse(), [...to[1]].reverse()];
@@ -288,7 +291,7 @@ function reliability(run) {
     surface.replaceChildren();
     const yTicks = ticks(lowest, 1, 4), xTicks = ticks(0.5, 1, 5);
     for (const t of yTicks) surface.append(svg("line", { class: "grid", x1: left, x2: right, y1: y(t), y2: y(t) }), svg("text", { x: left - 6, y: y(t) + 4, "text-anchor": "end" }, tickText(t, yTicks, true)));
-    for (const t of xTicks) surface.append(svg("text", { x: x(t), y: height - 5, "text-anchor": t === 1 ? "end" : "middle" }, tickText(t, xTicks, true)));
+    for (const t of xTicks) surface.append(svg("text", { x: x(t), y: height - 5, "text-anchor": t > 0.99 ? "end" : "middle" }, tickText(t, xTicks, true)));
     surface.append(svg("line", { class: "bound", x1: x(0.5), x2: x(1), y1: y(0.5), y2: y(1) }));
     for (const [sure, right_, count] of bins) surface.append(svg("circle", { cx: x(sure), cy: y(right_), r: 2.5 + 6 * Math.sqrt(count / most), fill: colour(0), opacity: 0.75 }));
   }]);
@@ -307,13 +310,14 @@ function headline() {
     if (m.stage === "sft" && run.measured.some((other) => other.stage === "agrpo")) continue;
     const before = m.stage === "agrpo" && sft.find((other) => other.what === m.what);
     const change = before ? `${m.value >= before.value ? "+" : "−"}${Math.abs(100 * (m.value - before.value)).toFixed(1)} points on SFT` : m.interval ? `${number(m.interval[0], true)} to ${number(m.interval[1], true)}` : TITLES[m.stage];
-    tiles.push(tile(m.stage === "reward" ? "reward model pairs" : m.what, number(m.value, true), change));
+    tiles.push(tile(m.stage === "reward" ? "reward model pairs" : m.stage === "sft" && run.stages.agrpo ? `SFT ${m.what}` : m.what, number(m.value, true), change));
   }
   const stage = Object.keys(run.stages)[0], shown = run.stages[stage];
-  const last = (name) => shown.series[name] && shown.series[name][1].at(-1);
+  const recent = (name) => shown.series[name] && smoothed(shown.series[name][1]).at(-1);
   if (stage === "agrpo") {
-    tiles.push(tile("reward, last step", number(last("reward")), `step ${shown.step} of ${shown.total}`));
-    tiles.push(tile("symmetric KL", number(last("agrpo/kl_symmetric")), "nats a token"));
+    const points = (shown.series.reward || [0, []])[1], width = Math.round((widthOf(points) * shown.step) / Math.max(1, points.length)), when = width > 1 ? `mean of ${width} steps` : `step ${shown.step}`;
+    tiles.push(tile("reward", number(recent("reward")), when));
+    tiles.push(tile("symmetric KL", number(recent("agrpo/kl_symmetric")), "nats a token"));
   }
   const stages = Object.keys(run.stages).length;
   tiles.push(tile("time", duration(Object.values(run.stages).reduce((sum, s) => sum + s.seconds, 0)), stages > 1 ? `of ${stages} stages` : TITLES[stage]));
@@ -324,7 +328,8 @@ function tile(what, value, more) {
 }
 function comparison() {
   const columns = [...new Map(data.runs.flatMap((run) => run.measured).map((m) => [`${m.stage} ${m.what}`, m])).values()];
-  const name = (m) => `${TITLES[m.stage]} ${m.what}`;
+  const several = new Set(columns.map((m) => m.stage)).size > 1;
+  const name = (m) => (several ? `${TITLES[m.stage]} ${m.what}` : m.what);
   const value = (run, m) => (run.measured.find((other) => other.stage === m.stage && other.what === m.what) || {}).value;
   const rows = families().flatMap(([family, runs], i) => {
     const title = (text, strong) => el("td", { class: "name-of-run" }, runs.length > 1 && !strong ? null : key(colour(i)), strong ? el("strong", {}, text) : text);
@@ -362,7 +367,7 @@ function stageSection(stage) {
     const list = specs === "components" ? components(runs, stage) : specs;
     const figures = list.map((spec) => spec.histogram ? histogram(spec) : chart(spec, stage)).filter(Boolean);
     if (stage === "reward") figures.push(...[reliability(runs[0])].filter(Boolean));
-    return figures.length ? [title ? el("h3", {}, title) : el("h3", {}, "Curves over the steps"), el("div", { class: "charts" }, figures)] : [];
+    return figures.length ? [title ? el("h3", {}, title) : el("h3", {}, "Curves over the steps"), el("div", { class: figures.length % 3 === 1 && figures.length > 1 ? "charts four" : "charts" }, figures)] : [];
   });
   const told = runs.length === 1 ? `${runs[0].stages[stage].step} of ${runs[0].stages[stage].total} steps, ${duration(runs[0].stages[stage].seconds)}` : `${runs.length} runs${data.runs.some((r) => r.family !== r.name) ? "; a band spans the seeds of a family, the line is their mean" : ""}`;
   return section(`stage-${stage}`, TITLES[stage], el("div", { class: "quiet" }, told), groups);
@@ -401,6 +406,7 @@ function samplesSection() {
   const several = data.runs.length > 1, columns = COLUMNS.filter(([name]) => several || name !== "run");
   const body = el("tbody"), count = el("span", { class: "quiet count", role: "status" });
   const more = el("button", { type: "button", class: "more-rows", onclick: () => { view.rows += PAGE_ROWS; rows(); } }, "Show more");
+  const byHand = el("select", { onchange: (event) => { const [name, way] = event.target.value.split(" "); view.sort = name; view.down = way === "down"; rows(); } }, columns.flatMap(([name, title]) => [["down", "↓"], ["up", "↑"]].map(([way, arrow]) => el("option", { value: `${name} ${way}` }, `${title} ${arrow}`))));
   const heads = columns.map(([name, title, kind]) => el("th", { class: kind.replace("cut mono", ""), scope: "col" }, el("button", { type: "button", onclick: () => { view.down = view.sort === name ? !view.down : !["prompt", "completion", "run"].includes(name); view.sort = name; rows(); } }, title)));
   const input = (label, name, attributes) => el("label", {}, label, el("input", { ...attributes, value: view[name], oninput: (event) => { view[name] = event.target.value; view.rows = PAGE_ROWS; rows(); } }));
   const choice = (label, name, options) => {
@@ -410,9 +416,10 @@ function samplesSection() {
   function rows() {
     shownRows = chosen();
     heads.forEach((head, i) => head.setAttribute("aria-sort", columns[i][0] !== view.sort ? "none" : view.down ? "descending" : "ascending"));
+    byHand.value = `${view.sort} ${view.down ? "down" : "up"}`;
     count.textContent = `${shownRows.length.toLocaleString("en")} of ${allSamples().length.toLocaleString("en")} samples`;
     more.hidden = shownRows.length <= view.rows;
-    body.replaceChildren(...shownRows.slice(0, view.rows).map((row, i) => el("tr", { tabindex: i ? "-1" : "0", "aria-label": `Sample of step ${row.step}, reward ${number(row.reward)}: open`, onclick: () => openSample(i) }, columns.map(([name, title, kind]) => el("td", { class: kind, "data-label": title.toLowerCase() }, kind.includes("number") ? (name === "step" || name === "tokens" ? String(row[name] ?? "–") : number(row[name])) : row[name].replace(/\s+/g, " ").slice(0, 400))))));
+    body.replaceChildren(...shownRows.slice(0, view.rows).map((row, i) => el("tr", { tabindex: i ? "-1" : "0", "aria-label": `Sample of step ${row.step}, reward ${number(row.reward)}: open`, onclick: () => openSample(i) }, columns.map(([name, title, kind]) => el("td", { class: kind, "data-label": title.toLowerCase() }, kind.includes("number") ? (name === "step" || name === "tokens" ? String(row[name] ?? "–") : number(row[name])) : row[name] === "" ? el("span", { class: "quiet" }, "nothing") : row[name].replace(/\s+/g, " ").slice(0, 400))))));
   }
   body.addEventListener("keydown", (event) => {
     const list = [...body.children], i = list.indexOf(event.target);
@@ -425,7 +432,7 @@ function samplesSection() {
   return section("samples", "Samples", el("div", { class: "filters" },
     input("Prompt or completion has", "text", { type: "search", autocomplete: "off" }), input("Reward at least", "least", { type: "number", step: "any" }), input("at most", "most", { type: "number", step: "any" }),
     choice("Advantage", "advantage", [["all", "any"], ["up", "above 0"], ["down", "below 0"], ["zero", "0"]]),
-    several ? choice("Run", "run", [["all", "all"], ...data.runs.map((run) => [run.name, run.name])]) : null, count),
+    several ? choice("Run", "run", [["all", "all"], ...data.runs.map((run) => [run.name, run.name])]) : null, el("label", { class: "narrow" }, "Sort by", byHand), count),
   el("table", { class: "samples" }, el("thead", {}, el("tr", {}, heads)), body), more);
 }
 function focusRow(body, i) {
@@ -461,7 +468,7 @@ function openSample(i) {
     const ramp = el("span", { class: "ramp", "aria-hidden": "true" }, steps.map((s) => { const cell = el("i"); cell.style.backgroundColor = shade(mode, s * full, full); return cell; }));
     const ends = steps.map((s) => s * full), sign = (v) => (v > 0 ? "+" : "") + number(v);
     const options = modes.map((m) => el("option", { value: m, selected: m === mode }, MODES[m][0]));
-    scale.replaceChildren(el("label", { class: "quiet" }, "Colour: ", el("select", { onchange: (event) => { view.colour = event.target.value; colourTokens(); } }, options)), el("span", { class: "quiet number" }, sign(ends[0])), ramp, el("span", { class: "quiet number" }, sign(ends.at(-1))));
+    scale.replaceChildren(el("label", { class: "quiet" }, "Colour: ", el("select", { onchange: (event) => { view.colour = event.target.value; colourTokens(); } }, options)), el("span", { class: "quiet number ends" }, sign(ends[0]), ramp, sign(ends.at(-1))));
   }
   if (modes.length && row.pieces && row.pieces.length) colourTokens(); else text.textContent = row.completion;
   readout.textContent = modes.length ? "Point at a token for its numbers." : "";
@@ -481,7 +488,7 @@ function openSample(i) {
 }
 
 function configuration() {
-  const parts = data.runs.flatMap((run) => Object.entries(run.stages).filter(([, shown]) => shown.config).map(([stage, shown], i) => el("details", { open: data.runs.length === 1 && i === 0 }, el("summary", {}, `${data.runs.length > 1 ? `${run.name}: ` : ""}${TITLES[stage]}`), el("h3", {}, "Run it again, from the directory that holds the runs' directory or with the path put right"), el("pre", { class: "command", tabindex: "0" }, shown.reproduce), el("h3", {}, "Resolved configuration, with the versions that ran it"), el("pre", { tabindex: "0" }, shown.config))));
+  const parts = data.runs.flatMap((run) => Object.entries(run.stages).filter(([, shown]) => shown.config).map(([stage, shown], i) => el("details", { open: data.runs.length === 1 && i === 0 }, el("summary", {}, `${data.runs.length > 1 ? `${run.name}: ` : ""}${TITLES[stage]}`), el("h3", {}, "Run it again, where it ran"), el("pre", { class: "command", tabindex: "0" }, shown.reproduce), el("h3", {}, "Resolved configuration, with the versions that ran it"), el("pre", { tabindex: "0" }, shown.config))));
   return parts.length ? section("configuration", "Configuration", parts) : null;
 }
 

@@ -37,7 +37,7 @@ RUN = {
     "docs/report.md": ["agrpo report runs/quickstart #", "agrpo report runs/a-seed", "agrpo plot"],
     "docs/evaluation.md": [
         "agrpo eval --model runs/mine --data mine.jsonl",
-        "agrpo compare runs/quickstart-seed0",
+        "agrpo compare runs/quickstart-seed0/agrpo",
         "printf",
     ],
     "docs/data.md": ["agrpo preferences --convert hh"],
@@ -66,7 +66,7 @@ NOT_RUN = {
     "agrpo train": "minutes to days",
     "agrpo preferences": "a model and its minutes, or data to download; tests/data/test_convert.py converts",
     "agrpo eval": "a model of the Hub, a benchmark or lm-eval; tests/evaluation runs it",
-    "agrpo compare": "a judge; tests/evaluation runs it",
+    "agrpo compare": "a judge, or models to ask; tests/evaluation runs both",
     "agrpo chat": "waits for a person; tests/chat talks to it, and so does a pipe here",
     "agrpo report": "--serve waits for a browser; tests/reporting opens it in one",
     "agrpo doctor": "tests/doctor runs it",

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None, check: Callable[[list[str]], object] | N
         print(f"configuration error: {error}", file=sys.stderr)
         return 2
     os.environ["NPROC"] = str(count)
-    told = partial(print, "TRL:", file=sys.stderr)
+    told = partial(print, file=sys.stderr)
     read = check or partial(parse_command_line, stage_of(Path(script)), note=told)
     config = read(arguments)  # exits 0 or 2
     if count == 1 and nodes == 1:

@@ -8,10 +8,11 @@ import runpy
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-_STAGES = Path(__file__).resolve().parent.parent / "stages"
+from agrpo.places import own_folder
+
+_STAGES = own_folder("stages")
 _SETTINGS = "[--config FILE] [key.path=value …] [--print-config]"
 
 
@@ -56,6 +57,10 @@ def _measure(script: str, arguments: list[str]) -> int:
     from agrpo.launch import main as launch
 
     return launch([str(_STAGES / script), *arguments], check=lambda arguments: None)
+
+
+def _quickstart(arguments: list[str]) -> int:
+    return _module("agrpo.pipeline", ["configs/quickstart", *arguments])
 
 
 def _preferences(arguments: list[str]) -> int:
@@ -106,6 +111,10 @@ COMMANDS = {
     ),
     "reward": Command(partial(_stage, "stage2_reward/main.py"), "stage 2: a reward model", "as sft"),
     "train": Command(partial(_stage, "stage3_agrpo/main.py"), "stage 3: policy optimisation", "as sft"),
+    "pipeline": Command(
+        partial(_module, "agrpo.pipeline"), "the stages of a folder, in sequence", "CONFIGS [key.path=value …]"
+    ),
+    "quickstart": Command(_quickstart, "the three stages, on a CPU", "[key.path=value …]"),
     "ablate": Command(
         partial(_module, "agrpo.ablation.command"),
         "a grid of settings, seeds, methods",

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from agrpo import job
@@ -44,9 +45,13 @@ def stage_of(main: Path) -> str:
 
 
 def processes() -> int:
-    """NPROC, or one for each GPU, or one."""
+    """NPROC, or one for each GPU that CUDA_VISIBLE_DEVICES leaves, or one."""
     if os.environ.get("NPROC"):
         return count_from_environment("NPROC")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # CUDA itself reads no further than the first number that is none
+        named = takewhile(lambda name: name and not name.startswith("-"), (n.strip() for n in visible.split(",")))
+        return max(1, len(list(named)))
     if shutil.which("nvidia-smi") is None:
         return 1
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
@@ -76,7 +81,7 @@ def main(argv: list[str] | None = None, check: Callable[[list[str]], object] | N
         print(f"configuration error: {error}", file=sys.stderr)
         return 2
     os.environ["NPROC"] = str(count)
-    told = partial(print, "TRL:", file=sys.stderr)
+    told = partial(print, file=sys.stderr)
     read = check or partial(parse_command_line, stage_of(Path(script)), note=told)
     config = read(arguments)  # exits 0 or 2
     if count == 1 and nodes == 1:

@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from agrpo.config import ModelConfig, TokenizerConfig
 from agrpo.data.tokens import end_token_id, prepare_tokenizer
+from agrpo.places import configuration
 from agrpo.types import InputError
 
 _NF4_BLOCK = 64  # weights that share a scale
@@ -49,7 +50,7 @@ def load_tokenizer(config: ModelConfig, corpus: Iterable[str] = ()) -> tuple[Pre
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     else:
         tokenizer = _from_pretrained(AutoTokenizer, config)
-    template = config.chat_template.read_text(encoding="utf-8") if config.chat_template else None
+    template = configuration(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
     return tokenizer, prepare_tokenizer(tokenizer, template)
 
 

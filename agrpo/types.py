@@ -1,8 +1,9 @@
-"""The records that flow through the loop, and the two protocols that users implement.
+"""The records that flow through the loop, and the three protocols that users implement.
 
 Legend of the whole library:
     P prompts of a step; N completions, in ragged groups that share a prompt; C completion tokens of all N together;
     K reward functions; H hidden size; V vocabulary. Log-probabilities are natural (nats), at the sampling temperature.
+    Where others speak between a completion's turns: E tokens of theirs, which are read and never learnt ("heard").
 
 There is no padding: per-token values are flat (C,), per-completion values (N,). `lengths` (N,) cuts the flat token axis
 into completions, in order; `group` (N,) says which prompt each completion answers and never decreases.
@@ -11,7 +12,7 @@ into completions, in order; `group` (N,) says which prompt each completion answe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ class InputError(ValueError):
     """Bad input: the message says what is wrong, where (file, row, key), and the mend. A stage exits 2 on it."""
 
 
+def _none() -> Tensor:
+    import torch  # here, for what checks configurations without it
+
+    return torch.zeros(0, dtype=torch.long)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A tokenised prompt of one step. `slot` is its position in the step's global batch: it keys the random stream."""
@@ -38,7 +45,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """N sampled completions of P prompts, and the weights that sampled them."""
+    """N sampled completions of P prompts, and the weights that sampled them.
+
+    The last four are empty where no environment answered. With one, a completion is a conversation: `tokens` are the
+    policy's own, of all its turns, and `heard` what stood between them. Nothing per token has an entry for those.
+    """
 
     prompts: tuple[Prompt, ...]
     group: Tensor  # (N,) index into prompts, non-decreasing
@@ -48,6 +59,10 @@ class Rollout:
     finished: Tensor  # (N,) bool: ended by itself, not by the length limit
     texts: tuple[str, ...]  # N completions, decoded without special tokens
     weight_version: int
+    heard: Tensor = field(default_factory=_none)  # (E,) the environments' tokens, in order
+    gaps: Tensor = field(default_factory=_none)  # (C,) how many of them stand directly before each token
+    turns: tuple[Conversation, ...] = ()  # N, all that was said behind the prompt
+    outcomes: Tensor = field(default_factory=_none)  # (N,) rewards of the environments; NaN where one failed
 
 
 @dataclass(frozen=True)
@@ -68,10 +83,13 @@ class Experience:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt and the completion to imitate. The prompt is "" for plain text."""
+    """A prompt and the completion to imitate. The prompt is "" for plain text.
+
+    A completion of several turns begins and ends with the assistant's; the turns of others in it are read only.
+    """
 
     prompt: Text
-    completion: str
+    completion: Text
     columns: Mapping[str, Any]
 
 
@@ -100,6 +118,31 @@ class Reward(Protocol):
     def __call__(
         self, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]], **columns: list[Any]
     ) -> list[float | None]: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an environment makes of a turn of the policy.
+
+    The observation continues a plain prompt as it is; in a conversation a string becomes a user's turn, and messages
+    stay as they are. It is needed unless `done`.
+    """
+
+    observation: Text = ""
+    reward: float = 0.0  # a conversation's rewards are added up
+    done: bool = False
+
+
+class Environment(Protocol):
+    """Answers the policy between its turns: a tool, a game, a user. One object for each conversation."""
+
+    def reset(self, row: Mapping[str, Any], seed: int) -> None:
+        """Get ready for a conversation. `row` is the prompt's row, its text under "prompt"; seeds differ by sample."""
+        ...
+
+    def step(self, said: str) -> Step:
+        """Answer a turn, which is given without special tokens."""
+        ...
 
 
 class RolloutBackend(Protocol):

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from agrpo.places import configuration, own_folder
 from agrpo.types import InputError
 
 _SECRET = re.compile(r"token|secret|passw|credential|authorization|api_?key|private_?key", re.IGNORECASE)
@@ -38,10 +39,13 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """The mapping in a YAML file; of agrpo's own where `path` begins with `configs/` and there is none here."""
+    path = configuration(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        raise ConfigError(f"{path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        folder = f"; agrpo's own lie in {own_folder('configs')}" if path.parts[:1] == ("configs",) else ""
+        mend = f"; did you mean {path.parent / near[0]}?" if near else folder
+        raise ConfigError(f"{path}: no such file{mend}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from agrpo.data.tokens import encode_completion, encode_prompt
+from agrpo.data.tokens import Turns, encode_completion, encode_prompt, encode_turns
 from agrpo.engine import distributed
 from agrpo.engine.attention import use_flat_attention, why_not_flat
 from agrpo.engine.layout import Layout
@@ -56,13 +56,26 @@ class LearnedReward:
 
 
 def sequences_of(tokenizer: PreTrainedTokenizerBase, prompts: list[Text], completions: list[Text]) -> Sequences:
-    """Texts as tokens, completions of one prompt that stand together in one group."""
-    grouped: list[tuple[list[int], list[list[int]]]] = []
+    """Texts as tokens, completions of one prompt that stand together in one group.
+
+    Of a completion of several turns the assistant's are its tokens, up to its last; where the chat template rewrites
+    earlier turns, the last one alone is, behind the others as the template writes them.
+    """
+    grouped: list[tuple[list[int], list[Turns]]] = []
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if i == 0 or prompt != prompts[i - 1]:
-            grouped.append((encode_prompt(tokenizer, prompt), []))
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        grouped[-1][1].append(encode_completion(tokenizer, text, prompt))
+            opened = encode_prompt(tokenizer, prompt)
+        ids, turns = opened, completion
+        if not isinstance(turns, str):
+            last = max(n for n, turn in enumerate(turns) if turn["role"] == "assistant")
+            turns = turns[0]["content"] if last == 0 else turns[: last + 1]
+        if isinstance(turns, str):
+            own = Turns(tuple(encode_completion(tokenizer, turns, prompt)))
+        else:
+            ids, own = encode_turns(tokenizer, prompt, turns)[-1]
+        if not grouped or ids != grouped[-1][0]:
+            grouped.append((ids, []))
+        grouped[-1][1].append(own)
     return Sequences.of([p for p, _ in grouped], [c for _, c in grouped])
 
 

@@ -45,11 +45,11 @@ WRONG = {
     "ringing controller": ("agrpo", ["controllers.beta.gain=0.5"], 1, ["controllers", "unstable", "at most", "0.025"]),
     "no previous stage": (
         *("agrpo", ["run.name=never-ran"], 1),
-        ["model.name_or_path: runs/never-ran/sft/model does not exist", "bash stages/stage1_sft/run.sh"],
+        ["model.name_or_path: runs/never-ran/sft/model does not exist", "agrpo sft"],
     ),
     "no previous reward model": (
         *("agrpo", [MODEL, "run.name=never-ran", "rewards=[{target: reward_models.learned}]"], 1),
-        ["rewards: learned: runs/never-ran/reward/model does not exist", "bash stages/stage2_reward/run.sh"],
+        ["rewards: learned: runs/never-ran/reward/model does not exist", "agrpo reward"],
     ),
     "dual clip without a clip": (
         *("agrpo", [MODEL, "objective.clip=false", "objective.dual_clip=3"], 1),

@@ -145,7 +145,7 @@ def test_trls_keys_become_sections(write, monkeypatch):
         ("reward_models.rules.accuracy", 1.0),
         ("json.dumps", 0.5),
     ]
-    words = re.compile(r"[^:]+: (.*?)(?: → | changes nothing)")
+    words = re.compile(r"TRL: [^:]+: (.*?)(?: → | changes nothing)")
     named = {name for line in told for name in re.findall(r"(\w+): ", words.match(line).group(1))}
     assert set(FLAT) == named  # every key was told of
 

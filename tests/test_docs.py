@@ -151,11 +151,46 @@ def test_every_rule_is_documented_with_its_columns_and_parameters(name):
     assert own == set(re.findall(r"`(\w+)`", "".join(row.split("|")[2:4])))
 
 
-def test_files_that_the_docs_name_exist():
-    for page in [*(ROOT / "docs").glob("*.md"), *ROOT.glob("stages/*/README.md")]:
-        text = page.read_text(encoding="utf-8")
-        named = re.findall(r"`((?:agrpo|reward_models|stages|configs|scripts|tests)/(?:[\w./-]*(?:/|\.\w+))?)`", text)
-        for path in named:
-            assert (ROOT / path).exists(), f"{page.relative_to(ROOT)} names {path}"
-        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("stages/*/README.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_headings_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:agrpo|reward_models|stages|configs|scripts|tests)/(?:[\w./-]*(?:/|\.\w+))?)`", text)
+    for path in named:
+        assert (ROOT / path).exists(), f"names {path}"
+    for link, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        target = page.parent / link if link else page
+        assert target.exists(), f"links to {link}"
+        assert not heading or heading in headings(target), f"links to {link}#{heading}"
+
+
+def headings(page):
+    """What a page's headings are called in links."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower())).strip("-") for heading in found}
+
+
+EVERYWHERE = {key for stage in STAGES for key in keys_of(stage)}
+SECTIONS = {key.split(".")[0] for key in EVERYWHERE if "." in key}
+
+
+OURS = [page for page in PAGES if page.name != "coming_from.md"]  # which names others' keys too, and has its own test
+
+
+@pytest.mark.parametrize("page", OURS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_settings_that_a_page_names_exist(page):
+    """`objective.beta`, `engine.offload: cpu`, `seed=1`: also in sections that stand in several places."""
+    spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    for span in spans:
+        found = re.fullmatch(r"([a-z_]+(?:\.[a-z_]+)+)(?:(?:: |=).*)?", span)
+        if (
+            not found
+            or found.group(1).split(".")[0] not in SECTIONS
+            or re.search(r"\.(?:py|sh|md|yaml|json|txt|html)$", span)
+        ):
+            continue
+        key = re.sub(r"^rewards\.(?=[a-z])", "rewards[].", found.group(1))
+        own = any(key == one or one.startswith((f"{key}.", f"{key}[]")) for one in EVERYWHERE)
+        assert own or f"{key}.".startswith(ELSEWHERE), f"{page.name} names {key}"

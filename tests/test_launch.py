@@ -10,6 +10,7 @@ import pytest
 from stage_runs import ROOT, environment
 
 from agrpo import job
+from agrpo.launch import processes
 
 # A rank: its place is in RANK, what befalls it in the test's own words.
 RANK = """
@@ -161,3 +162,18 @@ def test_a_signal_while_python_ends_changes_no_exit_code_of_what_is_saved(saved,
         "class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()):\n        kill(pid, 15)\nlate = Late()\n"
     )
     assert subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=environment(), timeout=60).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("0", 1), ("2,5, 7", 3), ("", 1), ("-1", 1), ("0,-1,1", 1), ("GPU-8932f937,GPU-1b2c3d4e", 2)]
+)
+def test_one_process_for_each_gpu_that_may_be_seen(monkeypatch, visible, count):
+    monkeypatch.delenv("NPROC", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert processes() == count
+
+
+def test_the_number_of_processes_that_is_asked_for_comes_first(monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert processes() == 2

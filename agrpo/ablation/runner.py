@@ -19,12 +19,13 @@ from typing import IO
 import yaml
 
 from agrpo.ablation.grid import Job, Plan
+from agrpo.places import own_folder
 from agrpo.reporting.files import replace
 from agrpo.types import InputError
 from agrpo.yaml_input import ConfigError
 
 _ROOT = Path(__file__).resolve().parents[2]
-_MAINS = {"sft": "stages/stage1_sft/main.py", "agrpo": "stages/stage3_agrpo/main.py"}
+_MAINS = {"sft": "stage1_sft/main.py", "agrpo": "stage3_agrpo/main.py"}
 _STOPPED = 75
 
 
@@ -144,7 +145,7 @@ class Runner:
             folder.mkdir(parents=True, exist_ok=True)
         replace(file, [yaml.safe_dump(dict(job.values), sort_keys=False, allow_unicode=True)])
         began = time.monotonic()
-        code = self._execute([str(_ROOT / _MAINS[job.stage]), "--config", str(file)], log)
+        code = self._execute([str(own_folder("stages") / _MAINS[job.stage]), "--config", str(file)], log)
         seconds = time.monotonic() - began
         if code == 0 and job.finished:
             self._tell(f"[{place}/{total}] {job.name}: {seconds:.0f} s")

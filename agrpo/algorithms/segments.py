@@ -26,6 +26,21 @@ def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=lengths)
 
 
+def places_of(lengths: Tensor, which: Tensor) -> Tensor:
+    """Places of some completions' tokens on the flat axis, one completion after the other.
+
+    Args:
+        lengths: (N,) of all completions.
+        which: (n,) the chosen ones.
+
+    Returns:
+        (sum of lengths[which],) indices into (C,).
+    """
+    own = lengths[which]
+    within = torch.arange(int(own.sum())) - (own.cumsum(0) - own).repeat_interleave(own)
+    return (lengths.cumsum(0) - lengths)[which].repeat_interleave(own) + within
+
+
 def per_token(values: Tensor, lengths: Tensor) -> Tensor:
     """Repeat each completion's value over its tokens: (N,), (N,) → (C,)."""
     return values.repeat_interleave(lengths)

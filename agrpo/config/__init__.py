@@ -17,6 +17,7 @@ from agrpo.config.common import (
     TrainingConfig,
 )
 from agrpo.config.controllers import LambdaController
+from agrpo.config.conversation import EnvironmentConfig
 from agrpo.config.environment import count_from_environment, world_size
 from agrpo.config.files import read_config, stage_of
 from agrpo.config.loading import load_config, parse_command_line, resolve
@@ -33,6 +34,7 @@ __all__ = [
     "AdvantageConfig",
     "DataConfig",
     "EngineConfig",
+    "EnvironmentConfig",
     "EvaluationConfig",
     "GroupLossConfig",
     "LambdaController",

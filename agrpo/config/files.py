@@ -9,6 +9,7 @@ from typing import Any
 from agrpo.config import trl
 from agrpo.config.methods import METHODS, PREFERENCE_METHODS
 from agrpo.config.stages import STAGES
+from agrpo.places import configuration
 from agrpo.yaml_input import ConfigError, merge, read_yaml
 
 Note = Callable[[str], None]
@@ -27,16 +28,19 @@ def read_config(path: Path, stage: str | None = None, note: Note = lambda text: 
 
     Args:
         stage: whose keys TRL's stand for; None leaves them as they are.
-        note: is told of each of TRL's keys, and what stands for it here.
+        note: is told of each of TRL's keys, and what stands for it here; and of a file of agrpo's own that is read.
 
     Raises:
         ConfigError: a file is missing, or extends itself.
     """
     values: dict[str, Any] = {}
-    for file in _chain(path, ()):
+    found = configuration(path)
+    if found != path:
+        note(f"{path} is not here; reading agrpo's own: {found}")
+    for file in _chain(found, ()):
         own = {key: value for key, value in read_yaml(file).items() if key != "extends"}
         if stage is not None:
-            own = trl.translate(own, stage, str(file), values, note)
+            own = trl.translate(own, stage, str(file), values, lambda text: note(f"TRL: {text}"))
             settings = presets(stage).get(str(own.get("method")), {})
             values = _without(values, settings)
         values = merge(values, own)

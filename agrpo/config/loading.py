@@ -17,9 +17,8 @@ from agrpo.config.common import RunConfig
 from agrpo.config.files import Note, presets, read_config
 from agrpo.config.rewards import RewardSpec
 from agrpo.config.stages import STAGES, PolicyConfig, PreferencesConfig, SFTConfig
+from agrpo.places import own_folder
 from agrpo.yaml_input import ConfigError, explain, merge, set_path, to_yaml
-
-_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def load_config(
@@ -34,7 +33,7 @@ def load_config(
         stage: sft, preferences, reward or agrpo.
         path: a YAML file; None takes the quickstart's.
         overrides: `key.path=value` strings, the value read as YAML; they win over the file.
-        note: is told of each of TRL's keys, and what stands for it.
+        note: is told of each of TRL's keys, what stands for it, and of a file of agrpo's own that is read.
 
     Raises:
         ConfigError: says file, key and the mend.
@@ -43,7 +42,7 @@ def load_config(
         raise ConfigError(
             "preferences: has no default: give --config FILE, such as configs/smollm2-135m/preferences.yaml"
         )
-    path = path or _CONFIGS / "quickstart" / f"{stage}.yaml"
+    path = path or own_folder("configs") / "quickstart" / f"{stage}.yaml"
     return resolve(stage, read_config(path, stage, note), path, overrides, note=note)
 
 
@@ -68,7 +67,7 @@ def resolve(
     for override in overrides:
         is_flat = trl.is_flat(override.partition("=")[0], stage)
         set_path(flat if is_flat else values, override)
-    values = merge(values, trl.translate(flat, stage, "command line", values, note))
+    values = merge(values, trl.translate(flat, stage, "command line", values, lambda text: note(f"TRL: {text}")))
     values = _in_run(values, _run_root(values))
     try:
         config = STAGES[stage].model_validate(values)
@@ -121,10 +120,8 @@ def _with_previous_stage(config: Any, path: Path, models_exist: bool) -> Any:
         named += [(f"evaluation.rewards: {spec.label}", spec.parameters.get("model")) for spec in rewards]
     for key, name in named if models_exist else ():
         if name and Path(name).parts[:1] == config.run.dir.parts[:1] and not Path(name).exists():
-            stage = "stage2_reward" if "/reward/" in name else "stage1_sft"
-            raise ConfigError(
-                f"{path}: {key}: {name} does not exist; run the stage that makes it first: bash stages/{stage}/run.sh"
-            )
+            stage = "reward" if "/reward/" in name else "sft"
+            raise ConfigError(f"{path}: {key}: {name} does not exist; run the stage that makes it first: agrpo {stage}")
     return config
 
 

@@ -52,7 +52,10 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _installed(self) -> Self:
         if self.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-            raise ValueError("backend: vllm is not installed; install it: bash scripts/setup.sh --vllm")
+            raise ValueError(
+                "backend: vllm is not installed; install it: bash scripts/setup.sh --vllm, or outside a checkout"
+                " pip install 'agrpo[vllm]'"
+            )
         return self
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from agrpo.config.common import (
     TrainingConfig,
 )
 from agrpo.config.controllers import ControllersConfig, LambdaController
+from agrpo.config.conversation import EnvironmentConfig
 from agrpo.config.environment import world_size
 from agrpo.config.objective import (
     AdvantageConfig,
@@ -83,6 +84,7 @@ class SFTConfig(StageConfig):
 
     max_length: Count = 2048  # tokens of prompt and completion; longer demonstrations are left out and counted
     evaluation: EvaluationConfig = EvaluationConfig()
+    environment: EnvironmentConfig | None = None  # answers between the turns of what evaluation samples
 
     @model_validator(mode="after")
     def _has_model(self) -> Self:
@@ -146,6 +148,7 @@ class PolicyConfig(StageConfig):
     rewards: Annotated[list[RewardSpec], Field(min_length=1)]
     rollout: StepRolloutConfig = StepRolloutConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    environment: EnvironmentConfig | None = None  # answers the policy between its turns
 
     @property
     def needs_critic(self) -> bool:
@@ -167,11 +170,14 @@ class PolicyConfig(StageConfig):
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest prompt and completion that the run can generate."""
+        """Tokens of the longest prompt and completion that a sampler of the run is asked for.
+
+        With an environment a later turn's prompt is what was said so far, and all turns are asked for together.
+        """
         completion = self.sampling.max_completion_length
         if self.evaluation.data is not None or self.evaluation.test is not None:
             completion = max(completion, self.evaluation.max_completion_length)
-        return self.sampling.max_prompt_length + completion
+        return self.sampling.max_prompt_length + (1 if self.environment is None else 2) * completion
 
     @property
     def prompts_per_rollout(self) -> int:
@@ -223,6 +229,8 @@ class PolicyConfig(StageConfig):
                 "rollout.ahead: completions of older weights need their importance weights: set"
                 " objective.sampler_correction to token, sequence or mask"
             )
+        if self.rollout.ahead and self.environment is not None:
+            raise ValueError("rollout.ahead: an environment answers while the policy samples: set rollout.ahead to 0")
         if grouping.kind == "dynamic" and size < 2:
             raise ValueError("grouping.kind: dynamic looks for groups whose rewards differ: at least 2 generations")
         return self

@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from agrpo.config import DataConfig, world_size
 from agrpo.data.records import DataError, PromptRow, Records, Rows, demonstrations, in_turns, preference_groups, prompts
 from agrpo.data.sources import load_rows
-from agrpo.data.tokens import drop_long, encode_completion, encode_prompt
+from agrpo.data.tokens import Turns, drop_long, encode_completion, encode_prompt, encode_turns
 from agrpo.types import Demonstration, PreferenceGroup, Prompt
 
 T = TypeVar("T")
+C = TypeVar("C")
 Note = Callable[[str], None]
 Tokens = list[int]
 
@@ -66,30 +67,61 @@ def encode_prompts(
 
 
 def encode_groups(
-    rows: Sequence[Demonstration | PreferenceGroup], tokenizer: PreTrainedTokenizerBase, limit: int, note: Note
-) -> tuple[list[Demonstration | PreferenceGroup], list[Tokens], list[list[Tokens]]]:
-    """Rows that fit, their prompts' tokens, and each one's completions' tokens (one of a demonstration).
+    rows: Sequence[PreferenceGroup], tokenizer: PreTrainedTokenizerBase, limit: int, note: Note
+) -> tuple[list[PreferenceGroup], list[Tokens], list[list[Tokens]]]:
+    """Rows that fit, their prompts' tokens, and each one's completions' tokens.
 
     A row whose prompt and longest completion exceed `limit` tokens together is left out and counted.
     """
     prompt_ids = [encode_prompt(tokenizer, row.prompt) for row in rows]
-    completions = [[encode_completion(tokenizer, text, row.prompt) for text in _completions(row)] for row in rows]
+    completions = [[encode_completion(tokenizer, text, row.prompt) for text in row.completions] for row in rows]
     lengths = [len(p) + max(map(len, c)) for p, c in zip(prompt_ids, completions, strict=True)]
-    what = "demonstrations" if rows and isinstance(rows[0], Demonstration) else "preference groups"
+    return _that_fit(rows, prompt_ids, completions, lengths, limit, "preference groups", note)
+
+
+def encode_demonstrations(
+    rows: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, limit: int, note: Note
+) -> tuple[list[Demonstration], list[Tokens], list[list[Turns]]]:
+    """Rows that fit, their prompts' tokens, and the completion of each, alone in its list.
+
+    A row of several turns whose earlier ones the chat template rewrites stands there once for each turn
+    (`encode_turns`). One that exceeds `limit` tokens is left out and counted.
+    """
+    found, cut = [], 0
+    for row in rows:
+        if isinstance(row.completion, str):
+            own = Turns(tuple(encode_completion(tokenizer, row.completion, row.prompt)))
+            found.append((row, encode_prompt(tokenizer, row.prompt), [own]))
+            continue
+        parts = encode_turns(tokenizer, row.prompt, row.completion)
+        found += [(row, prompt, [turns]) for prompt, turns in parts]
+        cut += len(parts) > 1
+    if cut:
+        note(f"{cut} conversations are learnt turn by turn: the chat template rewrites their earlier turns")
+    rows, prompts, completions = (list(column) for column in zip(*found, strict=True))
+    lengths = [len(p) + len(c.ids) + len(c.heard) for p, (c,) in zip(prompts, completions, strict=True)]
+    return _that_fit(rows, prompts, completions, lengths, limit, "demonstrations", note)
+
+
+def _that_fit(
+    rows: Sequence[T],
+    prompts: list[Tokens],
+    completions: list[list[C]],
+    lengths: list[int],
+    limit: int,
+    what: str,
+    note: Note,
+) -> tuple[list[T], list[Tokens], list[list[C]]]:
     kept, report = drop_long(list(range(len(rows))), lengths, limit, what)
     note(report)
     require_batch(len(kept), world_size(), what, "NPROC")
-    return [rows[i] for i in kept], [prompt_ids[i] for i in kept], [completions[i] for i in kept]
-
-
-def _completions(row: Demonstration | PreferenceGroup) -> Sequence[str]:
-    return [row.completion] if isinstance(row, Demonstration) else row.completions
+    return [rows[i] for i in kept], [prompts[i] for i in kept], [completions[i] for i in kept]
 
 
 def texts_of(rows: Sequence[Demonstration]) -> list[str]:
     """Every text of the demonstrations: what a tokenizer of one's own is trained on."""
     texts = []
     for row in rows:
-        texts += [row.prompt] if isinstance(row.prompt, str) else [turn["content"] for turn in row.prompt]
-        texts.append(row.completion)
+        for part in (row.prompt, row.completion):
+            texts += [part] if isinstance(part, str) else [turn["content"] for turn in part]
     return texts

@@ -71,8 +71,9 @@ class PromptRow:
 def demonstrations(rows: Rows, columns: Mapping[str, str], on_bad_row: OnBadRow = "error") -> Records[Demonstration]:
     """Rows with `messages`, `prompt` + `completion`, or `text`, looked for in this order.
 
-    Of `messages` the last turn, the assistant's, is the completion; of `text` everything is. A column that is mapped to
-    `system` is the system turn before it.
+    Of `messages` every turn of the assistant is to be imitated, but for one that nobody's turn comes before; the
+    completion begins with the first of them. Of `text` everything is. A column that is mapped to `system` is the system
+    turn before it.
 
     Raises:
         DataError: a row is unusable and on_bad_row is error, or no row is usable.
@@ -276,6 +277,21 @@ class _Row:
             raise self.fault(key, "is empty", "fill it")
         return text
 
+    def answer(self, key: str, value: Any) -> Text:
+        """What the assistant says: a string, or turns that begin and end with the assistant's."""
+        turns = value if isinstance(value, list | tuple) and len(value) > 1 else None
+        if turns is None:
+            return self.completion(key, value)
+        turns = self._conversation(key, turns)
+        for place, turn in (("begins", turns[0]), ("ends", turns[-1])):
+            if turn["role"] != "assistant":
+                mend = "give turns from the assistant's first to its last; what comes before is the prompt"
+                raise self.fault(key, f"{place} with the turn of the {turn['role']}", mend)
+        for number, turn in enumerate(turns, 1):
+            if turn["role"] == "assistant" and not turn["content"].strip():
+                raise self.fault(key, f"message {number}, the assistant's, is empty", "fill it")
+        return tuple(turns)
+
     def number(self, key: str, value: Any) -> float:
         """A finite number. A string that holds one counts, since a CSV has nothing else."""
         try:
@@ -335,17 +351,11 @@ class _Row:
 
 def _demonstration(row: _Row) -> Demonstration:
     if row.has("messages"):
-        turns = row.text("messages")
-        if isinstance(turns, str):
-            raise row.fault(
-                "messages", "is a string", "give a list of {role, content} messages, or name the column text"
-            )
-        if turns[-1]["role"] != "assistant":
-            problem = f"ends with the turn of the {turns[-1]['role']}"
-            raise row.fault("messages", problem, "end it with the assistant's turn, which is the completion")
-        completion = row.completion("messages", turns[-1:])
-        prompt = _as_prompt(row, "messages", turns[:-1])
-        return Demonstration(prompt, completion, row.others("messages"))
+        turns = _messages(row)
+        spoken = [i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"]
+        first = spoken[0] if spoken else len(turns) - 1
+        prompt = _as_prompt(row, "messages", turns[:first])
+        return Demonstration(prompt, row.answer("messages", turns[first:]), row.others("messages"))
     if "text" in row.values and not row.has("completion"):
         return Demonstration("", row.completion("text", row.required("text")), row.others("text"))
     if not row.has("completion") and not row.has("prompt"):
@@ -355,17 +365,28 @@ def _demonstration(row: _Row) -> Demonstration:
             f"a demonstration needs {known}: set data.columns: {{prompt: its name, completion: its name}}"
         )
     prompt, said = _prompt(row), row.required("completion")
-    completion = row.completion("completion", said)
+    completion = row.answer("completion", said)
     if isinstance(prompt, str) and not isinstance(said, str):
         prompt = [{"role": "user", "content": prompt}]
     return Demonstration(prompt, completion, row.others("prompt", "completion"))
 
 
+def _messages(row: _Row) -> Conversation:
+    turns = row.text("messages")
+    if isinstance(turns, str):
+        raise row.fault("messages", "is a string", "give a list of {role, content} messages, or name the column text")
+    if turns[-1]["role"] != "assistant":
+        problem = f"ends with the turn of the {turns[-1]['role']}"
+        raise row.fault("messages", problem, "end it with the assistant's turn, which is the completion")
+    return turns
+
+
 def _prompt_row(row: _Row) -> PromptRow:
     if row.has("prompt") or not row.has("messages"):
         return PromptRow(_prompt(row), row.others("prompt"))
-    shown = _demonstration(row)
-    return PromptRow(shown.prompt, {"solution": shown.completion, **shown.columns})
+    turns = _messages(row)
+    solution = row.completion("messages", turns[-1:])
+    return PromptRow(_as_prompt(row, "messages", turns[:-1]), {"solution": solution, **row.others("messages")})
 
 
 def _prompt(row: _Row) -> Text:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 from jinja2 import TemplateError
 
 from agrpo.data.records import DataError
-from agrpo.types import Conversation, Text
+from agrpo.types import Conversation, Message, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,29 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
+
+
+_SAID = "what-the-assistant-said"  # stands for a turn whose tokens are there already
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A completion of several turns: the assistant's tokens, and what is read between them.
+
+    `gaps` says of each of `ids` how many of `heard` stand directly before it; both are empty where nothing is heard.
+    """
+
+    ids: tuple[int, ...]
+    heard: tuple[int, ...] = ()
+    gaps: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, said: Sequence[Sequence[int]], heard: Sequence[Sequence[int]]) -> Turns:
+        """Turns that are not empty, and what is heard before each but the first."""
+        gaps: list[int] = []
+        for before, own in zip([(), *heard], said, strict=True):
+            gaps += [len(before), *[0] * (len(own) - 1)]
+        return cls(tuple(t for own in said for t in own), tuple(t for part in heard for t in part), tuple(gaps))
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> list[str]:
@@ -77,6 +102,86 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, prompt: Tex
             if end in ids:
                 return ids[: len(ids) - ids[::-1].index(end)]
     return [*_plain(tokenizer, text), end]
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, prompt: Conversation, turns: Conversation
+) -> list[tuple[list[int], Turns]]:
+    """A prompt and the turns behind it, of which the assistant's are to be learnt: tokens of both.
+
+    Each turn of the assistant ends with its end token. All other tokens behind the prompt, the template's own among
+    them, are heard. Some templates rewrite earlier turns once a conversation goes on: they drop their reasoning, or
+    date them. No single text then holds every turn as the model will have to say it, and there is one result for each
+    turn, behind its own prompt; for all other templates there is one.
+
+    Args:
+        prompt: what comes before the assistant's first turn.
+        turns: begin and end with the assistant's.
+    """
+    whole = [*prompt, *turns]
+    spoken = [number for number in range(len(prompt), len(whole)) if whole[number]["role"] == "assistant"]
+    end = end_token_id(tokenizer, prompt)
+    text, parts = _render(tokenizer, whole), []
+    for number in spoken:
+        opening = _render(tokenizer, whole[:number], opened=True)
+        own = _words(tokenizer, opening, whole[: number + 1], end)
+        if own is None or not text.startswith(opening + own) or (parts and len(opening) < sum(parts[-1][:2])):
+            before = [encode_prompt(tokenizer, whole[:n]) for n in spoken]
+            said = [encode_completion(tokenizer, whole[n]["content"], whole[:n]) for n in spoken]
+            return [(ids, Turns(tuple(tokens))) for ids, tokens in zip(before, said, strict=True)]
+        tokens = _plain(tokenizer, own)
+        parts.append((len(opening), len(own), tokens if end in tokens else [*tokens, end]))
+    said = [tokens for _, _, tokens in parts]
+    heard = [_plain(tokenizer, text[a + n : b]) for (a, n, _), (b, _, _) in pairwise(parts)]
+    return [(encode_prompt(tokenizer, prompt), Turns.of(said, heard))]
+
+
+def _words(tokenizer: PreTrainedTokenizerBase, opening: str, turns: Conversation, end: int) -> str | None:
+    """The last turn, the assistant's, as it is sampled: up to its end token, where the template writes one.
+
+    None if the template does not write it word for word behind the opening.
+    """
+    text, content = _render(tokenizer, turns), turns[-1]["content"]
+    own, token = text[len(opening) :], str(tokenizer.convert_ids_to_tokens(end))
+    if not text.startswith(opening):
+        return None
+    if token in own:
+        own = own[: own.rfind(token) + len(token)]
+        return own if content in own else None
+    return content if own.startswith(content) else None
+
+
+def rewrites_earlier_turns(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> bool:
+    """Does the chat template leave the reasoning out of a turn once the user speaks again, as Qwen3's does?"""
+    said: Message = {"role": "assistant", "content": f"<think>{_SAID}</think>{_SAID}"}
+    text = _render(tokenizer, [*prompt, said, {"role": "user", "content": "And then?"}], opened=True)
+    return text.count(_SAID) < 2
+
+
+def encode_heard(tokenizer: PreTrainedTokenizerBase, prompt: Text, observation: Text, last: int) -> list[int]:
+    """The tokens between two turns of the assistant: what an environment says, and what the template writes around it.
+
+    A plain prompt goes on with the observation as it is. In a conversation a string is a user's turn.
+
+    Args:
+        last: the last token of the turn before; what the template writes up to the end token is there already if it is
+            that token.
+
+    Raises:
+        DataError: messages behind a plain prompt, or a template that does not write what the assistant says.
+    """
+    if isinstance(prompt, str):
+        if not isinstance(observation, str):
+            raise DataError("answers a plain prompt with messages: give a string, or make the prompt a conversation")
+        return _plain(tokenizer, observation)
+    if isinstance(observation, str):
+        observation = [{"role": "user", "content": observation}]
+    said: Message = {"role": "assistant", "content": _SAID}
+    _, found, behind = _render(tokenizer, [*prompt, said, *observation], opened=True).partition(_SAID)
+    if not found:
+        raise DataError("the chat template does not write the assistant's words as they are: give model.chat_template")
+    ids, end = _plain(tokenizer, behind), end_token_id(tokenizer, prompt)
+    return ids[ids.index(end) + 1 :] if last == end and end in ids else ids
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> int:

@@ -107,10 +107,13 @@ def versions() -> dict[str, dict[str, Any]]:
 def extras() -> dict[str, dict[str, Any]]:
     """Each optional part: present or not, what of it is missing, and the command that installs it."""
     found = {}
+    checkout = _declared().has_section("options")
     for name, requirements in _requirements()[1].items():
         others = [r for r in requirements if r.name != "agrpo"]
         missing = [r.name for r in others if not r.specifier.contains(installed(r.name) or "0", prereleases=True)]
-        command = _COMMANDS.get(name, f"python -m pip install '.[{name}]'")
+        command = f"python -m pip install '{'.' if checkout else 'agrpo'}[{name}]'"
+        if checkout:
+            command = _COMMANDS.get(name, command)
         found[name] = {"present": not missing, "missing": missing, "install": command}
     return found
 

@@ -4,6 +4,9 @@
 
 A completion sees its own prompt and itself, nothing else; positions restart behind the prompt for each completion. The
 one shift of the library is here: `source[c]` is the place whose hidden state predicts completion token c.
+
+What others say between the turns of a completion stands in its place and is seen like everything else. It is no target:
+of the C completion tokens, those that are learnt, it has none.
 """
 
 from __future__ import annotations
@@ -48,7 +51,10 @@ class Layout:
     targets: Tensor  # (C,) completion tokens
     source: Tensor  # (C,) place of the token before each target
     last: Tensor  # (N,) place of each completion's last token
-    lengths: Tensor  # (N,)
+    lengths: Tensor  # (N,) targets of each completion
+    spans: Tensor  # (N,) its tokens, with those between its turns
+    start: Tensor  # (N,) place of its first
+    offsets: Tensor  # (C,) how far behind that each target stands
     group: Tensor  # (N,)
     prompt_lengths: Tensor  # (P,)
     prompt_places: Tensor  # (sum of prompt_lengths,) flat places of the prompts' tokens, prompt by prompt
@@ -72,7 +78,17 @@ def _within(lengths: Tensor) -> Tensor:
     return torch.arange(int(lengths.sum())) - exclusive_cumsum(lengths).repeat_interleave(lengths)
 
 
-def build_layout(prompts: Sequence[Sequence[int]], group: Tensor, lengths: Tensor, tokens: Tensor) -> Layout:
+_NONE = torch.zeros(0, dtype=torch.long)
+
+
+def build_layout(
+    prompts: Sequence[Sequence[int]],
+    group: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    heard: Tensor = _NONE,
+    gaps: Tensor = _NONE,
+) -> Layout:
     """Lay out prompts and their completions.
 
     Args:
@@ -80,43 +96,65 @@ def build_layout(prompts: Sequence[Sequence[int]], group: Tensor, lengths: Tenso
         group: (N,) prompt of each completion, non-decreasing.
         lengths: (N,) completion tokens, each at least 1.
         tokens: (C,) completion tokens, in order.
+        heard: (E,) tokens that are read between them, in order.
+        gaps: (C,) how many of those stand directly before each completion token; empty: none anywhere.
 
     Raises:
-        ValueError: an empty prompt or completion, or groups out of order.
+        ValueError: an empty prompt or completion, groups out of order, or gaps that are not heard's.
     """
     prompt_lengths = torch.tensor([len(ids) for ids in prompts])  # (P,)
     if len(prompts) == 0 or int(prompt_lengths.min()) == 0 or (len(lengths) and int(lengths.min()) == 0):
         raise ValueError("an empty prompt or completion has no place in a layout: every one needs at least one token")
     if len(group) > 1 and bool((group[1:] < group[:-1]).any()):
         raise ValueError("group must not decrease: completions stand behind their own prompt")
-    in_group = torch.zeros_like(prompt_lengths).index_add_(0, group, lengths)  # (P,) completion tokens of each prompt
+    spans, offset = _spans(lengths, heard, gaps)
+    in_group = torch.zeros_like(prompt_lengths).index_add_(0, group, spans)  # (P,) tokens behind each prompt
     group_start = exclusive_cumsum(prompt_lengths + in_group)  # (P,)
-    start = group_start[group] + prompt_lengths[group] + exclusive_cumsum(lengths) - exclusive_cumsum(in_group)[group]
+    start = group_start[group] + prompt_lengths[group] + exclusive_cumsum(spans) - exclusive_cumsum(in_group)[group]
 
     prompt_places = group_start.repeat_interleave(prompt_lengths) + _within(prompt_lengths)
-    offset = _within(lengths)  # (C,)
     places = start.repeat_interleave(lengths) + offset  # (C,)
-    behind = prompt_lengths[group].repeat_interleave(lengths)  # (C,) length of the token's prompt
     before = (group_start + prompt_lengths - 1)[group].repeat_interleave(lengths)  # (C,) its prompt's last place
 
-    ids = torch.empty(len(prompt_places) + len(places), dtype=torch.long)
+    ids = torch.empty(len(prompt_places) + len(places) + len(heard), dtype=torch.long)
     ids[prompt_places] = torch.tensor([token for ids_ in prompts for token in ids_])
     ids[places] = tokens
+    if len(heard):
+        ids[(places - gaps).repeat_interleave(gaps) + _within(gaps)] = heard
     positions = torch.empty_like(ids)
     positions[prompt_places] = _within(prompt_lengths)
-    positions[places] = behind + offset
+    positions[start.repeat_interleave(spans) + _within(spans)] = prompt_lengths[group].repeat_interleave(
+        spans
+    ) + _within(spans)
     return Layout(
         ids=ids,
         positions=positions,
         targets=tokens,
         source=torch.where(offset == 0, before, places - 1),
-        last=start + lengths - 1,
+        last=start + spans - 1,
         lengths=lengths,
+        spans=spans,
+        start=start,
+        offsets=offset,
         group=group,
         prompt_lengths=prompt_lengths,
         prompt_places=prompt_places,
-        blocks=tuple(_blocks(prompt_lengths, group_start, group, lengths, start)),
+        blocks=tuple(_blocks(prompt_lengths, group_start, group, spans, start)),
     )
+
+
+def _spans(lengths: Tensor, heard: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) tokens of each completion with those heard in it, and (C,) the place of each of its own among them."""
+    if len(gaps) == 0 and len(heard) == 0:
+        return lengths, _within(lengths)
+    if len(gaps) != int(lengths.sum()) or int(gaps.sum()) != len(heard) or bool((gaps < 0).any()):
+        raise ValueError(
+            f"{len(gaps)} gaps, {int(gaps.sum())} wide in all, for {int(lengths.sum())} completion tokens and"
+            f" {len(heard)} tokens heard between them"
+        )
+    completion = torch.arange(len(lengths)).repeat_interleave(lengths)
+    spans = lengths.index_add(0, completion, gaps)
+    return spans, (gaps + 1).cumsum(0) - 1 - exclusive_cumsum(spans)[completion]
 
 
 def _blocks(prompt_lengths: Tensor, group_start: Tensor, group: Tensor, lengths: Tensor, start: Tensor) -> list[Block]:

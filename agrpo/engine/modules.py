@@ -153,16 +153,14 @@ def plain_rows(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         completion token.
     """
     own = layout.prompt_lengths[layout.group]  # (N,) length of each row's prompt
-    total = own + layout.lengths
+    total = own + layout.spans
     device = layout.ids.device
     width = int(total.max())
     column = torch.arange(width, device=device)
     prompt_start = layout.prompt_lengths.cumsum(0) - layout.prompt_lengths  # into prompt_places
-    first = layout.lengths.cumsum(0) - layout.lengths  # (N,) into targets
     in_prompt = (prompt_start[layout.group][:, None] + column).clamp(max=len(layout.prompt_places) - 1)
-    in_completion = (first[:, None] + column - own[:, None]).clamp(0, len(layout.targets) - 1)
-    ids = torch.where(column < own[:, None], layout.ids[layout.prompt_places[in_prompt]], layout.targets[in_completion])
+    in_completion = (layout.start[:, None] + column - own[:, None]).clamp(0, len(layout.ids) - 1)
+    ids = layout.ids[torch.where(column < own[:, None], layout.prompt_places[in_prompt], in_completion)]
     mask = column < total[:, None]
-    offset = torch.arange(len(layout.targets), device=device) - first.repeat_interleave(layout.lengths)
     row = torch.arange(len(own), device=device).repeat_interleave(layout.lengths)
-    return ids * mask, mask.long(), row * width + own[row] + offset - 1
+    return ids * mask, mask.long(), row * width + own[row] + layout.offsets - 1

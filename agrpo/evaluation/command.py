@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from agrpo.config import RewardSpec, RolloutConfig, SamplingConfig
+from agrpo.config import EnvironmentConfig, RewardSpec, RolloutConfig, SamplingConfig
 from agrpo.data.records import PromptRow, Records
 from agrpo.evaluation.benchmarks import BENCHMARKS, Benchmark, find_benchmark, read_benchmark, task_of
 from agrpo.evaluation.runs import stage_directory
@@ -55,6 +55,11 @@ def add_data(options: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument("--max-prompt-tokens", type=int, default=4096, metavar="N")
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion")
+    sampling.add_argument(
+        "--environment",
+        metavar="TARGET",
+        help="what answers between turns: an import path, or YAML with its parameters",
+    )
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     sampling.add_argument("--backend", choices=("native", "vllm"), default="native")
@@ -167,6 +172,19 @@ def specs_of(options: argparse.Namespace, benchmark: Benchmark | None = None) ->
         raise InputError(f"--reward: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
+def environment_of(options: argparse.Namespace) -> EnvironmentConfig | None:
+    """What --environment names."""
+    if options.environment is None:
+        return None
+    value = read_value(options.environment, "--environment", str, dict)
+    try:
+        return EnvironmentConfig.model_validate({"target": value} if isinstance(value, str) else value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise InputError(f"--environment: {where} {problem['msg'].removeprefix('Value error, ')}".strip()) from None
+
+
 def rollout_of(options: argparse.Namespace) -> RolloutConfig:
     try:
         return RolloutConfig(backend=options.backend, max_sequences=options.max_sequences)
@@ -227,7 +245,7 @@ def evaluate(
         make_grading: the rewards, and what reads votes, from their names; None keeps completions without grades.
     """
     benchmark = benchmark_of(options)
-    how_values, rollout = how_of(options, benchmark), rollout_of(options)
+    how_values, rollout, environment = how_of(options, benchmark), rollout_of(options), environment_of(options)
     specs = [] if make_grading is None else specs_of(options, benchmark)
     data = rows_of(options, benchmark)
     vote = None if make_grading is None else vote_of(options, benchmark, data)
@@ -247,7 +265,8 @@ def evaluate(
     note(f"{benchmark.name}: {data.summary()}")
     grading = Grading(None, None) if make_grading is None else make_grading(specs, vote)
     out = out or out_of(model, benchmark)
-    rows = measure(model, data, grading, How(**how_values), rollout, out, note, again=options.again)
+    how = How(**how_values)
+    rows = measure(model, data, grading, how, rollout, out, note, environment=environment, again=options.again)
     return benchmark, data, rows
 
 

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 import agrpo
-from agrpo.config import ModelConfig, RolloutConfig
+from agrpo.config import EnvironmentConfig, ModelConfig, RolloutConfig
 from agrpo.data.load import encode_prompts
 from agrpo.data.records import PromptRow, Records
 from agrpo.engine import distributed
 from agrpo.engine.backends.build import build_backend
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.modules import Policy, cast_weights
+from agrpo.engine.turns import EnvironmentFailed, Samples, with_environment
+from agrpo.environments.loading import load_environment
 from agrpo.evaluation.benchmarks import short_columns
 from agrpo.evaluation.ledger import Ledger
 from agrpo.evaluation.runs import fingerprint
@@ -71,6 +73,7 @@ def measure(
     out: Path,
     note: Note,
     *,
+    environment: EnvironmentConfig | None = None,
     again: bool = False,
 ) -> list[dict[str, Any]]:
     """Every prompt's completions and grades, in the order of the data; what `out` has of them already is kept.
@@ -81,11 +84,13 @@ def measure(
     Args:
         out: the directory of `results.jsonl`. `{identity}` in its name stands for a digest of everything that the
             numbers depend on.
+        environment: what answers between the turns of a completion.
         again: forget what is there.
 
     Raises:
-        InputError: `out` holds another evaluation, or a reward failed.
+        InputError: `out` holds another evaluation, or a reward or an environment failed.
     """
+    make = load_environment(environment)
     tokenizer, _ = load_tokenizer(ModelConfig(name_or_path=model))
     prompts = encode_prompts(rows, tokenizer, how.max_prompt_length, note)
     batch = max(1, rollout.max_sequences // max(1, how.samples))
@@ -98,6 +103,8 @@ def measure(
         "batch": batch,
         "version": agrpo.__version__,
     }
+    if environment is not None:
+        identity["environment"] = environment.model_dump()
     path = Path(str(out).replace("{identity}", _digest(identity)[:8])) / "results.jsonl"
     if again and distributed.rank() == 0:
         path.unlink(missing_ok=True)
@@ -111,8 +118,10 @@ def measure(
     if len(open_batches) < len(batches):
         note(f"{path}: {sum(len(b) for b in batches) - sum(map(len, open_batches))} of {len(prompts)} prompts are done")
     if open_batches:
-        backend = load_backend(model, tokenizer, rollout, how, max(len(p.ids) for p in prompts))
-        for found in _rounds(open_batches, lambda one: _measure_batch(backend, one, grading, how)):
+        longest = max(len(p.ids) for p in prompts) + (0 if environment is None else how.max_completion_length)
+        backend = load_backend(model, tokenizer, rollout, how, longest)
+        speaker = with_environment(backend, environment, make, tokenizer, strict=True, note=note)
+        for found in _rounds(open_batches, lambda one: _measure_batch(speaker, one, grading, how)):
             if distributed.rank() == 0:
                 ledger.append(found)
             else:
@@ -144,21 +153,26 @@ def _rounds(
 
 
 @torch.no_grad()
-def _measure_batch(
-    backend: RolloutBackend, prompts: Sequence[Prompt], grading: Grading, how: How
-) -> list[dict[str, Any]]:
+def _measure_batch(samples: Samples, prompts: Sequence[Prompt], grading: Grading, how: How) -> list[dict[str, Any]]:
     key = (how.seed, _STREAM)
     rows = [{"slot": p.slot, "prompt": p.text, "columns": short_columns(p.columns)} for p in prompts]
     if how.greedy:
         sampling = Sampling(how.max_completion_length, stop=how.stop, greedy=True)
-        greedy = backend.generate(prompts, [1] * len(prompts), sampling, key)
+        greedy = _completions(samples, prompts, [1] * len(prompts), sampling, key)
         for row, (graded,) in zip(rows, _graded(greedy, grading, how), strict=True):
             row["greedy"] = graded
     if how.samples:
-        sampled = backend.generate(prompts, [how.samples] * len(prompts), how.sampling, key)
+        sampled = _completions(samples, prompts, [how.samples] * len(prompts), how.sampling, key)
         for row, graded in zip(rows, _graded(sampled, grading, how), strict=True):
             row["samples"] = graded
     return rows
+
+
+def _completions(samples: Samples, prompts: Sequence[Prompt], *how: Any) -> Rollout:
+    try:
+        return samples.generate(prompts, *how)
+    except EnvironmentFailed as error:
+        raise InputError(str(error)) from None
 
 
 def _graded(rollout: Rollout, grading: Grading, how: How) -> list[list[dict[str, Any]]]:
@@ -171,6 +185,8 @@ def _graded(rollout: Rollout, grading: Grading, how: How) -> list[list[dict[str,
         _require_grades(rewards, scores)
     for n, (p, text) in enumerate(zip(rollout.group.tolist(), rollout.texts, strict=True)):
         row = {"text": text, "tokens": int(rollout.lengths[n]), "finished": bool(rollout.finished[n])}
+        if rollout.turns:
+            row["turns"] = list(rollout.turns[n])
         if rewards is not None:
             row["reward"] = float(total[n])
             row["scores"] = dict(zip(rewards.names, scores[n].tolist(), strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from agrpo.config import EvaluationConfig
 from agrpo.engine import distributed
 from agrpo.engine.backends.native import Sampling
-from agrpo.engine.hybrid import HybridEngine
+from agrpo.engine.turns import Samples
 from agrpo.evaluation.intervals import bootstrap_interval
 from agrpo.training.scoring import Scores, score
 from agrpo.types import Prompt, Rollout
@@ -71,18 +71,21 @@ class PolicyEvaluation:
 
 
 def evaluate_policy(
-    engine: HybridEngine, prompts: Sequence[Prompt], rewards: Scores, config: EvaluationConfig, seed: int
+    samples: Samples, prompts: Sequence[Prompt], rewards: Scores, config: EvaluationConfig, seed: int
 ) -> PolicyEvaluation:
     """Greedy and sampled completions of every prompt, graded by the rewards. Every rank must call it.
 
     A completion passes when its weighted reward reaches `config.pass_at`; one that no reward could score does not pass.
+
+    Args:
+        samples: the engine, or its conversations with an environment.
     """
     own = prompts[distributed.rank() :: distributed.world()]
     key = (seed, _FIRST_STREAM)
     limit, stop = config.max_completion_length, tuple(config.stop)
-    greedy = engine.generate(own, [1] * len(own), Sampling(limit, stop=stop, greedy=True), key)
+    greedy = samples.generate(own, [1] * len(own), Sampling(limit, stop=stop, greedy=True), key)
     sampling = Sampling(limit, config.temperature, stop=stop)
-    sampled = engine.generate(own, [config.samples] * len(own), sampling, key)
+    sampled = samples.generate(own, [config.samples] * len(own), sampling, key)
     greedy_passes = _passes(greedy, rewards, config.pass_at)
     passes = _passes(sampled, rewards, config.pass_at).view(len(own), config.samples)
     results = [

@@ -217,6 +217,9 @@ def main(arguments: list[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"drawing needs {error.name}: pip install 'agrpo[plot]'", file=sys.stderr)
+        return 2
     return 0
 
 

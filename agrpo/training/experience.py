@@ -68,7 +68,7 @@ def _credit_tokens(
     One forward of the policy that sampled and one of the reference come before the update. A completion without any
     score is left out of mean and deviation; its advantages are 0, and the critic is asked for what it says already.
     """
-    sequences = Sequences([p.ids for p in rollout.prompts], rollout.group, rollout.lengths, rollout.tokens)
+    sequences = Sequences.of_rollout(rollout)
     temperature, advantage = config.sampling.temperature, config.advantage
     logp, reference, values = (torch.zeros(len(rollout.tokens)) for _ in range(3))
     parts = micro_batches(sequences.costs, config.training.micro_batch_tokens)

@@ -8,26 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agrpo.algorithms.segments import places_of
 from agrpo.types import Prompt, Rollout
 
-_TENSORS = ("group", "lengths", "tokens", "logp", "finished")
+_TENSORS = ("group", "lengths", "tokens", "logp", "finished", "heard", "gaps", "outcomes")
 
 
 def take(rollout: Rollout, which: Tensor) -> Rollout:
     """Some completions of a rollout, or all of them in another order; `which` must keep groups in order."""
-    start = rollout.lengths.cumsum(0) - rollout.lengths
-    lengths = rollout.lengths[which]
-    offset = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    tokens = start[which].repeat_interleave(lengths) + offset
+    tokens = places_of(rollout.lengths, which)
+    answered = len(rollout.gaps) > 0
     return Rollout(
         prompts=rollout.prompts,
         group=rollout.group[which],
-        lengths=lengths,
+        lengths=rollout.lengths[which],
         tokens=rollout.tokens[tokens],
         logp=rollout.logp[tokens],
         finished=rollout.finished[which],
         texts=tuple(rollout.texts[n] for n in which.tolist()),
         weight_version=rollout.weight_version,
+        heard=rollout.heard[places_of(rollout.gaps, tokens)] if answered else rollout.heard,
+        gaps=rollout.gaps[tokens] if answered else rollout.gaps,
+        turns=tuple(rollout.turns[n] for n in which.tolist()) if answered else (),
+        outcomes=rollout.outcomes[which] if answered else rollout.outcomes,
     )
 
 
@@ -51,6 +54,8 @@ def join(rollouts: Sequence[Rollout]) -> tuple[Rollout, Tensor]:
         finished=torch.cat([r.finished for r in rollouts]),
         texts=tuple(text for r in rollouts for text in r.texts),
         weight_version=rollouts[0].weight_version,
+        **{name: torch.cat([getattr(r, name) for r in rollouts]) for name in ("heard", "gaps", "outcomes")},
+        turns=tuple(turns for r in rollouts for turns in r.turns),
     )
     return take(together, order), order
 
@@ -66,6 +71,7 @@ def rollout_state(rollout: Rollout) -> dict[str, Any]:
     return {
         "prompts": [{"text": p.text, "ids": list(p.ids), "slot": p.slot} for p in rollout.prompts],
         "texts": list(rollout.texts),
+        "turns": [list(turns) for turns in rollout.turns],
         "weight_version": rollout.weight_version,
         **{name: getattr(rollout, name) for name in _TENSORS},
     }
@@ -76,6 +82,7 @@ def rollout_from_state(state: Mapping[str, Any]) -> Rollout:
     return Rollout(
         prompts=tuple(Prompt(p["text"], tuple(p["ids"]), p["slot"], {}) for p in state["prompts"]),
         texts=tuple(state["texts"]),
+        turns=tuple(state["turns"]),
         weight_version=state["weight_version"],
         **{name: state[name] for name in _TENSORS},
     )

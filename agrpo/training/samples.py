@@ -45,6 +45,7 @@ def rollout_metrics(experience: Experience, rewards: Scores) -> dict[str, float]
             "groups": len(rollout.prompts),
             "silent": zero_signal_fraction(total, rollout.group) * len(rollout.prompts),
             "errors": sum(errors.values()),
+            **_talks(rollout),
             **{f"sum/{name}": scores[:, k].nansum() for k, name in enumerate(rewards.names)},
             **{f"count/{name}": scores[:, k].isfinite().sum() for k, name in enumerate(rewards.names)},
             **{f"told/{key}": value for key, value in told.items()},
@@ -60,10 +61,35 @@ def rollout_metrics(experience: Experience, rewards: Scores) -> dict[str, float]
         "completions/mean_length": sums["tokens"] / sums["completions"],
         **_length_spread(rollout),
         "completions/clipped_ratio": 1 - sums["finished"] / sums["completions"],
+        **_talk_metrics(sums),
         "frac_reward_zero_std": sums["silent"] / sums["groups"],
         "agrpo/advantage_variance": sums["advantage"] / sums["completions"],
         "num_tokens": sums["tokens"],
         "memory/peak_gib": distributed.max_over_ranks(peak_memory()) / 2**30,
+    }
+
+
+def _talks(rollout: Rollout) -> dict[str, Any]:
+    """Sums over this rank's conversations; nothing where no environment answered."""
+    if not rollout.turns:
+        return {}
+    return {
+        "talks": len(rollout.turns),
+        "talks/turns": sum(turn["role"] == "assistant" for turns in rollout.turns for turn in turns),
+        "talks/heard": len(rollout.heard),
+        "talks/errors": rollout.outcomes.isnan().sum(),
+        "talks/reward": rollout.outcomes.nansum(),
+    }
+
+
+def _talk_metrics(sums: dict[str, float]) -> dict[str, float]:
+    if not sums.get("talks"):
+        return {}
+    return {
+        "environment/turns": sums["talks/turns"] / sums["talks"],
+        "environment/heard_tokens": sums["talks/heard"] / sums["talks"],
+        "environment/errors": sums["talks/errors"],
+        "environment/reward": sums["talks/reward"] / max(1, sums["talks"] - sums["talks/errors"]),
     }
 
 
@@ -111,6 +137,7 @@ def sample_rows(
         {
             "prompt": first.prompts[int(first.group[k])].text,
             "completion": first.texts[k],
+            **({"turns": list(first.turns[k])} if first.turns else {}),
             "rewards": dict(zip(rewards.names, experience.scores[k].tolist(), strict=True)),
             "reward": float(experience.rewards[k]),
             "advantage": float(advantages[k]),
@@ -125,7 +152,7 @@ def sample_rows(
 def _reference(engine: HybridEngine, rollout: Rollout, temperature: float) -> Tensor:
     """(C,) nats, of the rollout's tokens under the reference."""
     rollout = without_silent_prompts(rollout)
-    sequences = Sequences([p.ids for p in rollout.prompts], rollout.group, rollout.lengths, rollout.tokens)
+    sequences = Sequences.of_rollout(rollout)
     layout = sequences.layout(range(len(rollout.prompts)))
     return engine.reference_logprobs(layout, temperature).cpu()
 

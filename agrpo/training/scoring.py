@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -30,18 +31,26 @@ class Scores(Protocol):
 
 
 def score(rewards: Scores, rollout: Rollout) -> Tensor:
-    """(N, K) scores of the rollout's completions; NaN where a reward abstained or failed."""
+    """(N, K) scores of the rollout's completions; NaN where a reward abstained or failed.
+
+    With an environment a conversation is given with all its turns, and what its environment gave as the column
+    `environment`. Where the environment failed nothing is scored.
+    """
     job.enter("score")
     of = [rollout.prompts[p] for p in rollout.group.tolist()]
+    turns = rollout.turns or [[{"role": "assistant", "content": text}] for text in rollout.texts]
     texts: list[Text] = [
-        text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(of, rollout.texts, strict=True)
+        text if isinstance(prompt.text, str) else list(said)
+        for prompt, text, said in zip(of, rollout.texts, turns, strict=True)
     ]
     names = dict.fromkeys(name for prompt in rollout.prompts for name in prompt.columns if name not in _GIVEN)
     columns = {name: [prompt.columns.get(name) for prompt in of] for name in names}
     columns["finished"] = rollout.finished.tolist()
     ids = [t.tolist() for t in rollout.tokens.split(rollout.lengths.tolist())]
-    return rewards.score([prompt.text for prompt in of], texts, ids, columns)
+    if len(rollout.outcomes):
+        columns["environment"] = [None if value != value else value for value in rollout.outcomes.tolist()]
+    scores = rewards.score([prompt.text for prompt in of], texts, ids, columns)
+    return scores.masked_fill(rollout.outcomes.isnan()[:, None], math.nan) if len(rollout.outcomes) else scores
 
 
 def observe_scores(rewards: Scores, scores: Tensor) -> None:

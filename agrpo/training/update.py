@@ -175,7 +175,7 @@ def _micro_batches(
 ) -> tuple[list[MicroBatch], _Totals]:
     """The experience cut to size, every denominator in place."""
     rollout, group_loss, device = experience.rollout, config.objective.group_loss, engine.device
-    sequences = Sequences([p.ids for p in rollout.prompts], rollout.group, rollout.lengths, rollout.tokens)
+    sequences = Sequences.of_rollout(rollout)
     parts = micro_batches(sequences.costs, config.training.micro_batch_tokens)
     layouts = [sequences.layout(part) for part in parts]
     members = [sequences.members(part) for part in parts]

@@ -3,6 +3,7 @@
 from reward_models.rules.answers import accuracy
 from reward_models.rules.code import code
 from reward_models.rules.constraints import begins_with, contains, exclamation, instructions, lowercase, max_words
+from reward_models.rules.environment import environment
 from reward_models.rules.formats import answer_format, format
 from reward_models.rules.ifeval import ifeval
 from reward_models.rules.lengths import cosine, length, overlong
@@ -17,6 +18,7 @@ __all__ = [
     "code",
     "contains",
     "cosine",
+    "environment",
     "exclamation",
     "format",
     "ifeval",

@@ -11,10 +11,11 @@ MAX_CHARACTERS = 100_000  # of longer text only the end is read: answers come la
 
 
 def completion_text(completion: Text) -> str:
-    """A completion's text: the string itself, or the last message of a conversation."""
+    """A completion's text: the string itself, or the assistant's last message of a conversation."""
     if isinstance(completion, str):
         return completion
-    content = completion[-1]["content"]
+    said = [message for message in completion if message["role"] == "assistant"]
+    content = said[-1]["content"] if said else ""
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content)  # a message in parts

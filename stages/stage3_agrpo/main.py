@@ -12,6 +12,8 @@ from agrpo.doctor.estimate import before_loading
 from agrpo.engine import distributed
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.engine.modules import ActorCritic, Policy
+from agrpo.engine.turns import with_environment
+from agrpo.environments.loading import load_environment
 from agrpo.evaluation.policy import evaluate_policy
 from agrpo.models import load_language_model, load_tokenizer, make_trainable, save_language_model, stop_ids
 from agrpo.training.buffer import Buffer
@@ -32,6 +34,7 @@ def main(config: PolicyConfig) -> None:
     session.notes(before_loading(config))
     log, sampling, evaluation = session.log, config.sampling, config.evaluation
     rewards, verifier = reward_set(config.rewards), reward_set(evaluation.rewards) if evaluation.rewards else None
+    environment = load_environment(config.environment)
     data = read_prompts(config.data, log.note)
 
     tokenizer, notes = load_tokenizer(config.model)
@@ -58,6 +61,7 @@ def main(config: PolicyConfig) -> None:
         with_reference=config.needs_reference,
         note=log.note,
     )
+    speaker = with_environment(engine, config.environment, environment, tokenizer, in_step=True, note=log.note)
     controllers = Controllers(config)
     save_model = partial(save_language_model, engine.whole_policy.lm, tokenizer)
     session.describe(policy)
@@ -70,13 +74,13 @@ def main(config: PolicyConfig) -> None:
     session.restore(engine, **tracked, sampler=sample, buffer=buffer)
     session.push_saves(save_model)
     if session.measures_before():
-        before = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)
+        before = evaluate_policy(speaker, held_out["test"], verifier, evaluation, config.seed)
         session.results |= write_evaluation(session, "before", before)
     for step in session.steps():
         began = perf_counter()
         resumed = buffer.in_use
         if not resumed:
-            rollout, scores, metrics = sample(engine, step)
+            rollout, scores, metrics = sample(speaker, step)
             require_scores(rewards, scores)
             experience = make_experience(engine, rollout, scores, rewards, config, controllers.beta.value)
             buffer.fill(experience, metrics | rollout_metrics(experience, rewards))
@@ -98,14 +102,14 @@ def main(config: PolicyConfig) -> None:
         session.notes(controllers.observe(metrics))
         observe_scores(rewards, experience.scores)
         if session.evaluation_due(step):
-            metrics |= evaluate_policy(engine, held_out["validation"], verifier, evaluation, config.seed).metrics()
+            metrics |= evaluate_policy(speaker, held_out["validation"], verifier, evaluation, config.seed).metrics()
         log.step(step, metrics)
         few = config.logging.samples_per_step
         log.samples(step, sample_rows(engine, experience, rewards, few, sampling.temperature))
 
     results = dict(session.results)
     if "test" in held_out:
-        after = evaluate_policy(engine, held_out["test"], verifier, evaluation, config.seed)
+        after = evaluate_policy(speaker, held_out["test"], verifier, evaluation, config.seed)
         results |= write_evaluation(session, "test", after)
     engine.gather()
     session.finish(results, save_model)

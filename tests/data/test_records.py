@@ -32,6 +32,10 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def tool(text):
+    return {"role": "tool", "content": text}
+
+
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -46,9 +50,21 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ({"messages": [SYSTEM, user("Hi"), assistant("Hello")]}, [SYSTEM, user("Hi")], "Hello", {}),
         (
             {"messages": [user("Hi"), assistant("Hello"), user("Bye"), assistant("Ciao")], "prompt": "Hi"},
-            [user("Hi"), assistant("Hello"), user("Bye")],
-            "Ciao",
+            [user("Hi")],
+            (assistant("Hello"), user("Bye"), assistant("Ciao")),
             {"prompt": "Hi"},
+        ),
+        (
+            {"messages": [assistant("Welcome"), user("Hi"), assistant("Hello")]},
+            [assistant("Welcome"), user("Hi")],
+            "Hello",
+            {},
+        ),
+        (
+            {"prompt": "2+2?", "completion": [assistant("calc"), tool("4"), assistant("Four.")]},
+            [user("2+2?")],
+            (assistant("calc"), tool("4"), assistant("Four.")),
+            {},
         ),
         (
             {"messages": [{**user("Hi"), "name": None}, assistant("Hello")], "text": None},
@@ -209,6 +225,21 @@ BAD = [
         "messages: has no turn before the assistant's; begin with the user's",
     ),
     (demonstrations, {"messages": [user("Hi"), assistant("")]}, "messages: is empty; fill it"),
+    (
+        demonstrations,
+        {"messages": [user("Hi"), assistant("a"), user("b"), assistant(" "), user("c"), assistant("d")]},
+        "messages: message 3, the assistant's, is empty; fill it",
+    ),
+    (
+        demonstrations,
+        {"prompt": "Hi", "completion": [assistant("a"), tool("b")]},
+        "completion: ends with the turn of the tool; give turns from the assistant's first to its last",
+    ),
+    (
+        demonstrations,
+        {"prompt": "Hi", "completion": [user("a"), assistant("b")]},
+        "completion: begins with the turn of the user; give turns from the assistant's first to its last",
+    ),
     (
         demonstrations,
         {"messages": [user(""), assistant("Hi")]},
@@ -435,6 +466,9 @@ def test_a_finished_conversation_is_a_prompt_and_its_solution():
     assert own.columns["solution"] == "4"
     (asked,) = prompts(rows({**row, "prompt": "2+3?"}), {})
     assert asked.text == "2+3?" and "solution" not in asked.columns
+    (later,) = prompts(rows({"messages": [user("Hi"), assistant("Yes?"), *row["messages"]]}), {})
+    assert later.text == [user("Hi"), assistant("Yes?"), user("2+2?")]
+    assert later.columns["solution"] == "So \\boxed{4}"
 
 
 def test_a_mapped_system_column_stands_before_every_kind_of_prompt():

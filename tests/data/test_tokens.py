@@ -7,11 +7,15 @@ from transformers import PreTrainedTokenizerFast
 from agrpo.data.records import DataError
 from agrpo.data.tokens import (
     DEFAULT_CHAT_TEMPLATE,
+    Turns,
     drop_long,
     encode_completion,
+    encode_heard,
     encode_prompt,
+    encode_turns,
     end_token_id,
     prepare_tokenizer,
+    rewrites_earlier_turns,
 )
 
 CHATML = (
@@ -24,6 +28,9 @@ LLAMA2 = (
     "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
 DROPS_REASONING = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+DROPS_EARLIER_REASONING = CHATML.replace(
+    "m['content']", "(m['content'] if loop.last or m['role'] == 'user' else m['content'].split('</think>')[-1])"
+)
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>"]
 TURNS = [{"role": "user", "content": "What is the colour of the sky?"}]
 
@@ -98,6 +105,96 @@ def test_prompt_and_completion_are_the_templates_conversation_up_to_its_end_toke
         == subject.convert_tokens_to_ids("<|im_end|>" if name.startswith("chatml") else "</s>")
     )
     assert subject.decode(completion[:-1]).strip() == text
+
+
+# The same templates with transformers' own marks around what the assistant generates.
+MARKED_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+MARKED_DEFAULT = (
+    "{% for m in messages %}{{ m['role'] | capitalize + ':\\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ m['content'] + eos_token + '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+LONG = [
+    {"role": "system", "content": "Be brief."},
+    *TURNS,
+    {"role": "assistant", "content": "The sky is blue."},
+    {"role": "tool", "content": "The colour is blue."},
+    {"role": "assistant", "content": "Is the sky blue?"},
+    {"role": "user", "content": "of"},
+    {"role": "assistant", "content": "Yes."},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "eos"), [(MARKED_CHATML, "<|im_end|>"), (MARKED_CHATML, "</s>"), (MARKED_DEFAULT, "</s>")]
+)
+def test_what_is_learnt_of_a_conversation_is_what_transformers_marks_as_the_assistants(template, eos):
+    subject = tokenizer(eos=eos, chat_template=template)
+    oracle = subject.apply_chat_template(LONG, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ((prompt, turns),) = encode_turns(subject, LONG[:2], LONG[2:])
+    ids, learnt = list(prompt), [0] * len(prompt)
+    heard = iter(turns.heard)
+    for token, gap in zip(turns.ids, turns.gaps, strict=True):
+        ids += [*(next(heard) for _ in range(gap)), token]
+        learnt += [*[0] * gap, 1]
+    assert list(heard) == []
+    count = len(ids)
+    assert ids == oracle["input_ids"][:count] and learnt == oracle["assistant_masks"][:count]
+    assert not any(oracle["assistant_masks"][count:])
+    ends = subject.convert_tokens_to_ids("<|im_end|>" if "im_end" in template else "</s>")
+    assert turns.ids.count(ends) == 3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_conversation_holds_each_turn_as_it_is_learnt_alone(name):
+    subject = CASES[name]()
+    turns = [t for t in LONG if t["role"] in ("user", "assistant") and t["content"] != "Is the sky blue?"]
+    ((prompt, one),) = encode_turns(subject, turns[:1], turns[1:])
+    alone = [encode_completion(subject, turns[i]["content"], turns[:i]) for i in (1, 3)]
+    assert prompt == encode_prompt(subject, turns[:1]) and list(one.ids) == alone[0] + alone[1]
+    second = encode_prompt(subject, turns[:3])
+    assert [*prompt, *alone[0], *one.heard] == second and one.gaps[len(alone[0])] == len(one.heard)
+    assert list(one.heard) == encode_heard(subject, turns[:1], turns[2]["content"], alone[0][-1])
+
+
+def test_turns_that_a_template_rewrites_later_are_learnt_one_by_one():
+    subject = tokenizer(eos="<|im_end|>", chat_template=DROPS_EARLIER_REASONING)
+    spoken = [{"role": "assistant", "content": f"<think>{x}</think>{x}"} for x in ("sky", "blue")]
+    turns = [spoken[0], {"role": "user", "content": "of"}, spoken[1]]
+    first, second = encode_turns(subject, TURNS, turns)
+    assert first == (
+        encode_prompt(subject, TURNS),
+        Turns(tuple(encode_completion(subject, "<think>sky</think>sky", TURNS))),
+    )
+    assert "<think>" not in subject.decode(second[0]) and subject.decode(second[0]).count("sky") == 2
+    assert subject.decode(second[1].ids) == "<think>blue</think>blue<|im_end|>"
+    assert second[1].heard == second[1].gaps == ()
+
+
+def test_a_template_that_drops_reasoning_once_the_user_speaks_again_is_found():
+    assert rewrites_earlier_turns(tokenizer(chat_template=DROPS_EARLIER_REASONING), TURNS)
+    for name in ("default", "chatml", "llama2"):
+        assert not rewrites_earlier_turns(CASES[name](), TURNS)
+
+
+def test_what_an_environment_says_continues_a_plain_prompt_as_it_is():
+    assert encode_heard(PLAIN, "2+2=", " is blue", 3) == PLAIN.encode(" is blue")
+    with pytest.raises(DataError, match="answers a plain prompt with messages"):
+        encode_heard(PLAIN, "2+2=", TURNS, 3)
+
+
+def test_a_turn_that_did_not_end_is_ended_before_the_environment_speaks():
+    subject = CASES["chatml"]()
+    end = subject.convert_tokens_to_ids("<|im_end|>")
+    other, ended = (encode_heard(subject, TURNS, "of", last) for last in (5, end))
+    assert other == [end, *ended]
+    assert subject.decode(ended) == "\n<|im_start|>user\nof<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_default_template_reads_as_turns_and_completions_begin_without_a_space():

@@ -57,6 +57,61 @@ def test_logprobs_entropy_and_gradients_equal_plain_transformers(family, tempera
         assert (mine[name] - theirs[name]).norm() <= 1e-4 * theirs[name].norm().clamp_min(1e-6), name
 
 
+def heard_between(seed, lengths):
+    """Random tokens of others before some completion tokens, first ones too: heard and gaps."""
+    generator = torch.Generator().manual_seed(seed)
+    count = int(lengths.sum())
+    gaps = torch.randint(0, 9, (count,), generator=generator) * (torch.rand(count, generator=generator) < 0.3)
+    return torch.randint(0, 97, (int(gaps.sum()),), generator=generator), gaps
+
+
+def masked_oracle(lm, prompts, group, lengths, tokens, heard, gaps):
+    """Rows padded on the right through plain transformers, and a mask of what is learnt."""
+    rows, learnt, said, other = [], [], iter(tokens.tolist()), iter(heard.tolist())
+    for p, of_row in zip(group.tolist(), gaps.split(lengths.tolist()), strict=True):
+        row, mask = list(prompts[p]), [False] * len(prompts[p])
+        for gap in of_row.tolist():
+            row += [*(next(other) for _ in range(gap)), next(said)]
+            mask += [*[False] * gap, True]
+        rows.append(row)
+        learnt.append(mask)
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([row + [False] * (width - len(row)) for row in learnt])
+    logp = lm(input_ids=ids, attention_mask=real).logits[:, :-1].log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return logp.gather(2, ids[:, 1:, None])[:, :, 0][mask[:, 1:]], entropy[mask[:, 1:]]
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2-tied", "gpt2"])
+def test_what_others_say_between_turns_is_read_and_not_learnt(family):
+    torch.manual_seed(0)
+    plain = {**FAMILIES, **FALLBACKS}[family]().eval()
+    policy = Policy(copy.deepcopy(plain)).eval()
+    batch = ragged(1)
+    batch = (*batch, *heard_between(4, batch[2]))
+    logp, entropy = policy(build_layout(*batch))
+    assert len(logp) == len(batch[3]) < len(batch[3]) + len(batch[4])
+    expected_logp, expected_entropy = masked_oracle(plain, *batch)
+    assert (logp - expected_logp).abs().max() < 1e-5
+    assert (entropy - expected_entropy).abs().max() < 1e-5
+    weight = torch.randn(2, len(logp), generator=torch.Generator().manual_seed(2))
+    (weight[0] * logp + weight[1] * entropy).sum().backward()
+    (weight[0] * expected_logp + weight[1] * expected_entropy).sum().backward()
+    mine, theirs = gradients(policy.lm), gradients(plain)
+    for name in theirs:
+        assert (mine[name] - theirs[name]).norm() <= 1e-4 * theirs[name].norm().clamp_min(1e-6), name
+
+
+def test_gaps_that_are_not_what_was_heard_are_refused():
+    batch = ragged(1)
+    heard, gaps = heard_between(4, batch[2])
+    for wrong in ((heard[1:], gaps), (heard, gaps[1:]), (heard, gaps.roll(1) - 1)):
+        with pytest.raises(ValueError, match="heard between them"):
+            build_layout(*batch, *wrong)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
@@ -83,6 +138,7 @@ def test_scores_read_the_last_token_and_spoken_logprobs_are_the_policys(family):
     prompts, group, lengths, tokens = batch = ragged(3)
     layout = build_layout(*batch)
     scores, logp = scorer(layout, torch.tensor([1, 4]))
+    assert layout.last.tolist() == (layout.start + layout.spans - 1).tolist()
     all_logp = torch.split(policy(layout)[0], lengths.tolist())
     torch.testing.assert_close(logp, torch.cat([all_logp[1], all_logp[4]]))
     plain = Policy(copy.deepcopy(policy.lm), flat=False).lm

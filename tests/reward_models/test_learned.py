@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from agrpo.config import load_config
 from agrpo.models import ModelError
-from reward_models import ensemble, implicit
+from reward_models import ensemble, implicit, learned
 
 PROMPTS = ["3+4=", "3+4=", "9-1=", "2+2-1="]
 COMPLETIONS = ["<answer>7</answer>", "<think>3+4=8</think><answer>8</answer>", "8", "<answer>3</answer>"]
@@ -59,6 +59,28 @@ def test_heads_of_one_model_vote_as_they_are(models):
     expected = [statistics.fmean(v) - 0.5 * statistics.pstdev(v) for v in votes]
     assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-4)
     assert reward.metrics["uncertainty"] == pytest.approx(statistics.fmean(map(statistics.pstdev, votes)), abs=1e-4)
+
+
+def test_a_conversation_is_scored_at_the_assistants_last_turn(models):
+    """By transformers, on the text that the chat template makes; what a tool says at the end counts for nothing."""
+
+    def turns(*contents):
+        roles = ("assistant", "tool")
+        return [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
+
+    prompts = [[{"role": "user", "content": "3+4="}]] * 3 + [[{"role": "user", "content": "9-1="}]]
+    completions = [turns("7"), turns("3+4", "7", "7"), turns("4+3", "7", "8", "1", "7", "2"), turns("8", "8")]
+    model = AutoModelForSequenceClassification.from_pretrained(models / "one").eval()
+    tokenizer = AutoTokenizer.from_pretrained(models / "one")
+    expected = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        whole = [*prompt, *(completion if len(completion) % 2 else completion[:-1])]
+        text = tokenizer.apply_chat_template(whole, tokenize=False).rstrip("\n")
+        with torch.no_grad():
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+            expected.append(model(**ids).logits[0, 0].item())
+    assert learned.build(str(models / "one"))(prompts, completions) == pytest.approx(expected, abs=1e-4)
+    assert len(set(expected)) == 4
 
 
 def test_models_are_brought_to_one_scale_before_they_vote(models):

@@ -22,8 +22,8 @@ from agrpo.engine.backends.native import Sampling
 from agrpo.engine.backends.remote import RemoteBackend
 from agrpo.engine.fused import fuse_layers
 from agrpo.engine.layout import Layout
-from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.engine.memory import give_back
+from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.engine.out_of_memory import is_out_of_memory
 from agrpo.types import InputError, Prompt, Rollout, RolloutBackend
 

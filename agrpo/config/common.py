@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from agrpo.config.base import Count, Fraction, NonEmpty, Positive, Section
 from agrpo.config.rewards import RewardSpec
+from agrpo.places import configuration
 
 
 class RunConfig(Section):
@@ -59,6 +60,8 @@ class ModelConfig(Section):
             raise ValueError("lora and trainable_layers exclude each other: keep one of them")
         if self.quantization != "none" and self.lora is None:
             raise ValueError("quantization: 4-bit weights cannot learn: set lora, or quantization to none")
+        if self.chat_template is not None and not configuration(self.chat_template).is_file():
+            raise ValueError(f"chat_template: {self.chat_template} is no file; it holds a Jinja template")
         return self
 
 

@@ -35,7 +35,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 # On a CPU DeepSpeed would compile a shared-memory collective at start-up: that takes a compiler, and gloo will do.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-_GROUPS = 32  # of parameters that the optimiser steps one after the other
+_GROUPS, _GROUP = 32, 1 << 22  # that the optimiser steps one after the other, and the numbers of the least
 BUCKET = 50_000_000  # numbers of one reduction at most: its buffer, allocated whole, would else be ten times that
 
 
@@ -107,7 +107,7 @@ def _optimizer(module: nn.Module, training: TrainingConfig, zero_stage: int) -> 
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     # ZeRO 1 and 2 copy the gradient of one group at a time to float32: small groups keep that copy small.
-    share = sum(p.numel() for p in trainable) // _GROUPS if zero_stage in (1, 2) else 0
+    share = max(_GROUP, sum(p.numel() for p in trainable) // _GROUPS) if zero_stage in (1, 2) else 0
     groups = [{**group, "params": part} for group in decays for part in _parts(group["params"], share)]
     return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
 

@@ -163,7 +163,7 @@ def test_an_optimiser_that_steps_group_by_group_steps_as_one(zero_stage, monkeyp
     losses = train(whole)
     monkeypatch.setattr(zero, "_GROUP", 1)
     cut = engine_of(model(), zero_stage)
-    assert len(cut._engine.optimizer.param_groups) == 7 * 2 + 2 + 1  # each matrix its own; the norms may share
+    assert len(cut._engine.optimizer.param_groups) > 7 * 2 > len(whole._engine.optimizer.param_groups) == 2
     assert train(cut) == pytest.approx(losses, rel=1e-6)  # the norm's parts are added up in another order
     expected = weights(whole)
     for name, value in weights(cut).items():

@@ -20,6 +20,7 @@ from agrpo.engine.layout import build_layout
 from agrpo.types import Prompt, Rollout
 
 _COMPACT_AT = 0.75  # lines that have ended are dropped when fewer than this share of the lines still run
+_GROWTH = 32  # columns of keys and values that are added at a time where products read them whole
 _REFILL_AT = 0.25  # waiting completions take the lines that have ended once these are this share
 
 
@@ -226,6 +227,8 @@ class _FlatCache:
     def __init__(self, lines: int, columns: int, fused: bool, device: torch.device) -> None:
         self.lines, self.columns = lines, columns
         self._products = fused and device.type == "cpu"  # attention as products: for one token the kernels are slow
+        # Products read whole rooms, as a part of one would be copied first: there they grow with the completions.
+        self._width, self._block = (0, _GROWTH) if self._products else (columns, columns)
         self.at = torch.zeros(lines, dtype=torch.long)  # on the host: the column where each line goes on
         self.mask: Tensor | None = None  # (lines, columns) 0 where seen, else −inf
         self.keys: list[Tensor] = []  # a layer: (lines, key heads, columns, D)
@@ -245,6 +248,7 @@ class _FlatCache:
         length = layout.prompt_lengths
         end = length.cumsum(0)
         width = int(length.max())
+        self._reach(width)
         column = torch.arange(width, device=device)
         place = ((end - length)[:, None] + column).clamp(max=len(layout.ids) - 1).flatten()  # behind its end: any
         for layer, both in enumerate(attend.stored):
@@ -262,11 +266,20 @@ class _FlatCache:
         return lm.get_output_embeddings()(hidden[end - 1])[which]
 
     def _room(self, like: Tensor, turned: bool) -> Tensor:
-        """(lines, key heads, columns, D) zeros; keys for plain products lie with their columns side by side."""
-        shape = (self.lines, like.shape[1], like.shape[3], self.columns)
+        """(lines, key heads, width, D) zeros; keys for plain products lie with their columns side by side."""
         if turned and self._products:
-            return like.new_zeros(shape).transpose(2, 3)
-        return like.new_zeros(shape[0], shape[1], shape[3], shape[2])
+            return like.new_zeros(self.lines, like.shape[1], like.shape[3], self._width).transpose(2, 3)
+        return like.new_zeros(self.lines, like.shape[1], self._width, like.shape[3])
+
+    def _reach(self, columns: int) -> None:
+        """Make room for so many columns."""
+        if columns <= self._width:
+            return
+        self._width = min(self.columns, -(-columns // self._block) * self._block)
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                store[layer] = self._room(old, turned=store is self.keys)
+                store[layer][:, :, : old.shape[2]] = old
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """query (lines, heads, 1, D), key and value (lines, key heads, 1, D) → (lines, 1, heads, D)."""
@@ -288,10 +301,12 @@ class _FlatCache:
         at, line = self.at.to(token.device), torch.arange(len(self.at), device=token.device)
         self.mask[line, at] = 0
         own = self.at[running]
-        self._used = int(own.max()) + 1
+        used = int(own.max()) + 1
+        self._reach(used)
+        self._used = self._width if self._products else used
         even = bool((own == own[0]).all())
         self._now = (slice(0, len(line)), slice(None), int(own[0])) if even else (line, slice(None), at)
-        self._seen = None if even else self.mask[: len(line), None, None, : self._used]
+        self._seen = None if even and used == self._used else self.mask[: len(line), None, None, : self._used]
         self.at = self.at + 1  # a new tensor: `at` is the old one
         if decoder is not None:
             return decoder(token, at, self)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any, Self
-
-from pydantic import BaseModel, ConfigDict, model_validator
-
-from agrpo.config.base import Section
+from agrpo.config.base import Section, Target
 
 
 class GateConfig(Section):
@@ -18,11 +13,9 @@ class GateConfig(Section):
     otherwise: float = 0.0  # what counts instead
 
 
-class RewardSpec(BaseModel):
+class RewardSpec(Target):
     """A reward by import path. Keys beyond these are parameters of the reward itself."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-    target: str
     weight: float = 1.0
     name: str | None = None
     normalise: bool = False  # by the mean and deviation of what it has scored so far
@@ -31,19 +24,6 @@ class RewardSpec(BaseModel):
     @property
     def label(self) -> str:
         return self.name or self.target.replace(":", ".").rsplit(".", 1)[-1]
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="after")
-    def _importable(self) -> Self:
-        package = self.target.replace(":", ".").split(".")[0]
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"target: no module {package!r} can be found for {self.target!r}; is its folder on PYTHONPATH?"
-            )
-        return self
 
 
 def check_names(rewards: list[RewardSpec]) -> None:

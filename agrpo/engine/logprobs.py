@@ -7,6 +7,7 @@ cache for every pass over them, and its part of the head's gradient is complete 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -133,7 +134,6 @@ class _Room:
         self._product = hidden.new_empty(size)
         exact = hidden.dtype == torch.float32
         self._z = self._product if exact else hidden.new_empty(size, dtype=torch.float32)
-        self._e = torch.empty_like(self._z)
 
     def logits(self, weight: Tensor) -> Tensor:
         """(c, v) float32."""
@@ -141,6 +141,10 @@ class _Room:
         torch.mm(self._hidden, weight.t(), out=product)
         z = product if product.dtype == torch.float32 else self._of(self._z, len(weight)).copy_(product)
         return z if self._scale == 1 else z.mul_(self._scale)
+
+    @cached_property
+    def _e(self) -> Tensor:
+        return torch.empty_like(self._z)
 
     def exp(self, z: Tensor) -> Tensor:
         return torch.exp(z, out=self._of(self._e, z.shape[1]))

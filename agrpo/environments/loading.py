@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 
 from agrpo.config import EnvironmentConfig
+from agrpo.import_paths import find_target
 from agrpo.types import Environment, InputError
 
 
@@ -28,16 +25,7 @@ def load_environment(config: EnvironmentConfig | None) -> Callable[[], Environme
     if config is None:
         return None
     where = f"environment.target: {config.target!r}"
-    module, _, name = config.target.replace(":", ".").rpartition(".")
-    if os.getcwd() not in sys.path:  # console scripts do not search the working directory
-        sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # a user's module: it may raise anything
-        raise InputError(f"{where}: {type(error).__name__}: {error}") from error
-    if found is None:
-        near = difflib.get_close_matches(name, dir(sys.modules[module]), n=1)
-        raise InputError(f"{where}: {module} has no {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    found = find_target(config.target, "environment.target:")
     if not callable(found):
         raise InputError(f"{where}: is a {type(found).__name__}, not a class or function that makes an environment")
     try:

@@ -29,6 +29,19 @@ def gradients(module):
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
+def same_with_gradients(policy, ours, plain, theirs):
+    """Log-probabilities, entropies, and the gradients of a sum of both under random weights."""
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert (mine - expected).abs().max() < 1e-5
+    weights = torch.randn(2, len(ours[0]), generator=torch.Generator().manual_seed(2))
+    for logp, entropy in (ours, theirs):
+        (weights[0] * logp + weights[1] * entropy).sum().backward()
+    of_policy, of_plain = gradients(policy.lm), gradients(plain)
+    assert of_policy.keys() == of_plain.keys()
+    for name, expected in of_plain.items():
+        assert (of_policy[name] - expected).norm() <= 1e-4 * expected.norm().clamp_min(1e-6), name
+
+
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", [*FAMILIES, *FALLBACKS])
@@ -43,18 +56,9 @@ def test_logprobs_entropy_and_gradients_equal_plain_transformers(family, tempera
         )
     assert (policy.fallback_reason is None) == (family in FAMILIES)
     batch = ragged(1)
-    logp, entropy = policy(build_layout(*batch), temperature)
-    expected_logp, expected_entropy = padded_oracle(plain, *batch, temperature)
-    assert (logp - expected_logp).abs().max() < 1e-5
-    assert (entropy - expected_entropy).abs().max() < 1e-5
-
-    weight = torch.randn(2, len(logp), generator=torch.Generator().manual_seed(2))
-    (weight[0] * logp + weight[1] * entropy).sum().backward()
-    (weight[0] * expected_logp + weight[1] * expected_entropy).sum().backward()
-    mine, theirs = gradients(policy.lm), gradients(plain)
-    assert mine.keys() == theirs.keys()
-    for name in theirs:
-        assert (mine[name] - theirs[name]).norm() <= 1e-4 * theirs[name].norm().clamp_min(1e-6), name
+    same_with_gradients(
+        policy, policy(build_layout(*batch), temperature), plain, padded_oracle(plain, *batch, temperature)
+    )
 
 
 def heard_between(seed, lengths):
@@ -91,17 +95,9 @@ def test_what_others_say_between_turns_is_read_and_not_learnt(family):
     policy = Policy(copy.deepcopy(plain)).eval()
     batch = ragged(1)
     batch = (*batch, *heard_between(4, batch[2]))
-    logp, entropy = policy(build_layout(*batch))
-    assert len(logp) == len(batch[3]) < len(batch[3]) + len(batch[4])
-    expected_logp, expected_entropy = masked_oracle(plain, *batch)
-    assert (logp - expected_logp).abs().max() < 1e-5
-    assert (entropy - expected_entropy).abs().max() < 1e-5
-    weight = torch.randn(2, len(logp), generator=torch.Generator().manual_seed(2))
-    (weight[0] * logp + weight[1] * entropy).sum().backward()
-    (weight[0] * expected_logp + weight[1] * expected_entropy).sum().backward()
-    mine, theirs = gradients(policy.lm), gradients(plain)
-    for name in theirs:
-        assert (mine[name] - theirs[name]).norm() <= 1e-4 * theirs[name].norm().clamp_min(1e-6), name
+    ours = policy(build_layout(*batch))
+    assert len(ours[0]) == len(batch[3]) < len(batch[3]) + len(batch[4])
+    same_with_gradients(policy, ours, plain, masked_oracle(plain, *batch))
 
 
 def test_gaps_that_are_not_what_was_heard_are_refused():

@@ -113,7 +113,7 @@ def test_a_row_without_a_solution_is_named():
     ("values", "message"),
     [
         ({"target": "agrpo.environments.calculator:Calculater"}, "has no 'Calculater'; did you mean 'Calculator'?"),
-        ({"target": "agrpo.environments.abacus:Abacus"}, "ModuleNotFoundError"),
+        ({"target": "agrpo.environments.abacus:Abacus"}, "'agrpo.environments' has no 'abacus'"),
         ({"target": "agrpo.environments.calculator:MOST_DIGITS"}, "is a int, not a class or function"),
         ({"target": "agrpo.environments.calculator:calculate"}, "missing a required argument: 'expression'"),
         ({"target": "builtins:list"}, "makes a list without reset and step"),

@@ -290,7 +290,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--steps", type=int, default=4, help="the first is reported apart")
     own.add_argument("--plain", action="store_true", help="ours with its fast paths off")
     own.add_argument("--trace", action="store_true", help="print ours' operators of the last step, needs --log")
-    own.add_argument("--micro-batch-tokens", type=int, default=1280, help="of ours: training.micro_batch_tokens")
+    own.add_argument("--micro-batch-tokens", type=int, default=4096, help="of ours: training.micro_batch_tokens")
     own.add_argument("--peer-precision", choices=("amp", "pure", "float32"), default="pure")
     own.add_argument("--peer-batch", type=int, help="completions of one forward of the peer; default all")
     own.add_argument("--peer-checkpointing", action="store_true", help="TRL's default, slower")

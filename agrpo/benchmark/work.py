@@ -37,7 +37,7 @@ class Work:
     pruned: float = 0.0  # CPPO's rate
     threads: int = 1  # of each rank
     ranks: int = 1
-    micro_batch_tokens: int = 1280  # of ours
+    micro_batch_tokens: int = 4096  # of ours
     steps: int = 4  # of which the first is reported apart
     plain: bool = False  # ours without its fast paths
     trace: bool = False  # ours: say where the time goes, operator by operator

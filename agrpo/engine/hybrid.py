@@ -22,7 +22,7 @@ from agrpo.engine.backends.native import Sampling
 from agrpo.engine.backends.remote import RemoteBackend
 from agrpo.engine.fused import fuse_layers
 from agrpo.engine.layout import Layout
-from agrpo.engine.memory import give_back
+from agrpo.engine.memory import give_back, keep_freed
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.engine.out_of_memory import is_out_of_memory
 from agrpo.types import InputError, Prompt, Rollout, RolloutBackend
@@ -124,6 +124,8 @@ class HybridEngine:
             self._backend = build_backend(rollout, sampled, longest=longest, **how)
         self._gathered = -1  # the weight version of the whole copy
         give_back()  # loading and casting the weights has held them several times
+        if self.device.type == "cpu":
+            keep_freed()
 
     def _initialize(
         self,

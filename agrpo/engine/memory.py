@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_MAPPED, _KEPT = 1 << 28, 1 << 29  # bytes: a tensor's from which on it is mapped by itself; that stay at the heap's end
+
 
 def peak_memory() -> int:
     """Bytes of this process at their highest so far: on its GPU what PyTorch allocated there, else resident memory."""
@@ -24,6 +27,19 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def keep_freed() -> bool:
+    """Have glibc keep what is freed, for the next tensors: fresh pages can cost as much as what is computed in them.
+
+    Left alone are sizes from _MAPPED bytes on, and a process whose environment says how glibc allocates.
+
+    Returns:
+        Whether glibc was told.
+    """
+    told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    tell = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and not told else None
+    return tell is not None and tell(_M_MMAP_THRESHOLD, _MAPPED) == 1 and tell(_M_TRIM_THRESHOLD, _KEPT) == 1
 
 
 def main_memory() -> tuple[int, int]:

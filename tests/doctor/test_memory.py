@@ -24,7 +24,7 @@ from agrpo.doctor.estimate import (
 )
 from agrpo.doctor.memory import Batch, Shape
 from agrpo.doctor.timing import Speeds
-from agrpo.engine.backends.native import _FlatCache
+from agrpo.engine.backends.caches import FlatCache
 from agrpo.engine.fused import fuse_layers
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy
@@ -71,7 +71,7 @@ def test_activations_are_what_autograd_saves(batch):
 def test_the_key_value_cache_is_what_the_native_backend_allocates(rows, limit):
     policy = Policy(model())
     ids = [((3,) * 11, (4,) * 11)[n % 2] for n in range(rows)]
-    cache = _FlatCache(rows, 11 + limit, fused=False, device=torch.device("cpu"))
+    cache = FlatCache(rows, 11, limit, torch.device("cpu"))
     with torch.no_grad():
         cache.join(policy.lm, ids, torch.arange(rows))
     held = sum(room.numel() * room.element_size() for room in (*cache.keys, *cache.values))

@@ -51,13 +51,15 @@ class FusedDecoder:
 
     def __init__(self, lm: PreTrainedModel, rows: int) -> None:
         config, body = lm.config, lm.get_decoder()
-        self.epsilon, self.body = config.rms_norm_eps, body
+        self.body = body
         self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.norm = body.norm.weight
-        self.head = _linear([lm.get_output_embeddings()], rows, pack=False)
+        self.epsilon = torch.tensor(config.rms_norm_eps, device=self.norm.device)
+        self.head = _linear([lm.get_output_embeddings()], rows)
         self.layers = [_layer(layer, rows) for layer in body.layers]
 
+    @torch.inference_mode()
     def __call__(self, token: Tensor, position: Tensor, attend: Attend) -> Tensor:
         """(B,) tokens at their (B,) positions → (B, V) logits."""
         h = self.body.embed_tokens(token)  # (B, H)
@@ -75,15 +77,16 @@ class FusedDecoder:
                 turned = _rotate(torch.cat([query, key], 1), cos, sin)
             query, key, value = turned[:, : self.heads], turned[:, self.heads :], qkv[:, both:]
             seen = attend(number, query[:, :, None], key[:, :, None], value[:, :, None], scale)  # (B, 1, heads, D)
-            h = h + layer.out(seen.flatten(1))
+            h = layer.out(seen.flatten(1)).add_(h)
             gate, up = layer.gate_up(self._normal(h, layer.after)).chunk(2, -1)
-            h = h + layer.down(F.silu(gate).mul_(up))
+            h = layer.down(F.silu(gate).mul_(up)).add_(h)
         return self.head(self._normal(h, self.norm))
 
     def _normal(self, x: Tensor, weight: Tensor) -> Tensor:
         rows = x.float()
-        scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.epsilon)
-        return rows.mul_(scale.rsqrt_()).to(x.dtype).mul_(weight) if rows is not x else x * scale.rsqrt_() * weight
+        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        scale = torch.addcmul(self.epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return rows.mul_(scale).to(x.dtype).mul_(weight) if rows is not x else x * scale * weight
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -106,13 +109,13 @@ def _layer(layer: Any, rows: int) -> _Layer:
     )
 
 
-def _linear(maps: list[nn.Linear], rows: int, pack: bool = True) -> Linear:
+def _linear(maps: list[nn.Linear], rows: int) -> Linear:
     """Linear maps of the same input as one."""
     weight = maps[0].weight if len(maps) == 1 else torch.cat([one.weight for one in maps])
     weight = weight.detach()
     biases = [one.bias for one in maps]
     bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
-    if pack and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)

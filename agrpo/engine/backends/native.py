@@ -7,21 +7,18 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agrpo.config import SamplingConfig
 from agrpo.engine import distributed
-from agrpo.engine.attention import FlatAttention
+from agrpo.engine.backends.caches import FlatCache, PlainCache, SharedCache
 from agrpo.engine.backends.decoder import FusedDecoder, can_fuse
 from agrpo.engine.backends.sampling import draw, uniforms
 from agrpo.engine.backends.stopping import StopStrings
-from agrpo.engine.layout import build_layout
 from agrpo.types import Ended, Prompt, Rollout
 
 _COMPACT_AT = 0.75  # lines that have ended are dropped when fewer than this share of the lines still run
-_GROWTH = 32  # columns of keys and values that are added at a time where products read them whole
 _REFILL_AT = 0.25  # waiting completions take the lines that have ended once these are this share
 
 _Tell = Callable[[list[int], list[list[int]], list[bool]], None]  # places, tokens and finished of those that ended
@@ -160,9 +157,8 @@ class NativeBackend:
         ids = [prompts[p].ids for p in group.tolist()]
         completions = _Completions(len(ids), random, sampling, self.stop.to(device), self.tokenizer, device, tell)
         lines = min(len(ids), self.max_sequences)
-        kind = _FlatCache if self.flat else _PlainCache
-        longest = max(map(len, ids), default=0) + sampling.max_completion_length
-        cache = kind(lines, longest, self._fuses, device)
+        longest = max(map(len, ids), default=0)
+        cache = self._cache(device)(lines, longest, sampling.max_completion_length, device)
         row = torch.zeros(lines, dtype=torch.long)  # the completion in each line
         running = torch.zeros(lines, dtype=torch.bool)
         token = torch.zeros(lines, dtype=torch.long, device=device)  # its last
@@ -193,6 +189,11 @@ class NativeBackend:
                 on = running.nonzero()[:, 0]
                 token[on.to(device)], running[on] = completions.draw(row[on], logits[on.to(device)])
         return completions.result()
+
+    def _cache(self, device: torch.device) -> type[FlatCache | SharedCache | PlainCache]:
+        if not self.flat:
+            return PlainCache
+        return SharedCache if self._fuses and device.type == "cpu" else FlatCache
 
     def _anyone_goes_on(self, this_rank: bool) -> bool:
         """Each turn of the loop is one forward: in step, all ranks take it as long as one of them has work."""
@@ -242,164 +243,3 @@ class _Completions:
     def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         real = (torch.arange(self.tokens.shape[1]) < self.length[:, None]).to(self.device)
         return self.tokens[real], self.logp[real], self.length, self.finished
-
-
-class _FlatCache:
-    """Keys and values of each line from its first column on, for models routed through `attend`.
-
-    A line is written where its own completion stands, so a new one can begin in it at any time.
-    """
-
-    def __init__(self, lines: int, columns: int, fused: bool, device: torch.device) -> None:
-        self.lines, self.columns = lines, columns
-        self._products = fused and device.type == "cpu"  # attention as products: for one token the kernels are slow
-        # Products read whole rooms, as a part of one would be copied first: there they grow with the completions.
-        self._width, self._block = (0, _GROWTH) if self._products else (columns, columns)
-        self.at = torch.zeros(lines, dtype=torch.long)  # on the host: the column where each line goes on
-        self.mask: Tensor | None = None  # (lines, columns) 0 where seen, else −inf
-        self.keys: list[Tensor] = []  # a layer: (lines, key heads, columns, D)
-        self.values: list[Tensor] = []
-
-    def join(self, lm: PreTrainedModel, ids: list[tuple[int, ...]], places: Tensor) -> Tensor:
-        """Read prompts, each once however often it is asked for, into these lines; returns their (B, V) logits."""
-        device = places.device
-        number = {prompt: n for n, prompt in enumerate(dict.fromkeys(ids))}
-        which = torch.tensor([number[prompt] for prompt in ids], device=device)
-        nothing = torch.zeros(0, dtype=torch.long)
-        layout = build_layout(list(number), nothing, nothing, nothing).to(device)
-        attend = FlatAttention(layout, store=True)
-        hidden = lm.get_decoder()(
-            input_ids=layout.ids[None], position_ids=layout.positions[None], attend=attend, use_cache=False
-        ).last_hidden_state[0]
-        length = layout.prompt_lengths
-        end = length.cumsum(0)
-        width = int(length.max())
-        self._reach(width)
-        column = torch.arange(width, device=device)
-        place = ((end - length)[:, None] + column).clamp(max=len(layout.ids) - 1).flatten()  # behind its end: any
-        for layer, both in enumerate(attend.stored):
-            for stored, store in zip(both, (self.keys, self.values), strict=True):
-                padded = stored[place].unflatten(0, (len(number), width)).transpose(1, 2)  # (P, key heads, width, D)
-                if layer == len(store):
-                    store.append(self._room(padded, turned=store is self.keys))
-                store[layer][places, :, :width] = padded[which]
-            attend.stored[layer] = None
-        self.at[places.cpu()] = layout.prompt_lengths.cpu()[which.cpu()]
-        if self.mask is None:
-            self.mask = hidden.new_zeros(self.lines, self.columns)
-        unseen = torch.arange(self.columns, device=device) >= length[which][:, None]
-        self.mask[places] = hidden.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))
-        return lm.get_output_embeddings()(hidden[end - 1])[which]
-
-    def _room(self, like: Tensor, turned: bool) -> Tensor:
-        """(lines, key heads, width, D) zeros; keys for plain products lie with their columns side by side."""
-        if turned and self._products:
-            return like.new_zeros(self.lines, like.shape[1], like.shape[3], self._width).transpose(2, 3)
-        return like.new_zeros(self.lines, like.shape[1], self._width, like.shape[3])
-
-    def _reach(self, columns: int) -> None:
-        """Make room for so many columns."""
-        if columns <= self._width:
-            return
-        self._width = min(self.columns, -(-columns // self._block) * self._block)
-        for store in (self.keys, self.values):
-            for layer, old in enumerate(store):
-                store[layer] = self._room(old, turned=store is self.keys)
-                store[layer][:, :, : old.shape[2]] = old
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """query (lines, heads, 1, D), key and value (lines, key heads, 1, D) → (lines, 1, heads, D)."""
-        lines, heads, _, size = query.shape
-        k, v = self.keys[layer], self.values[layer]
-        k[self._now], v[self._now] = key[:, :, 0], value[:, :, 0]
-        shared = heads // key.shape[1]  # query heads of a key head become query positions: no copy of the keys
-        q, k, v = query.reshape(lines, -1, shared, size), k[:lines, :, : self._used], v[:lines, :, : self._used]
-        mask = None if self._seen is None else self._seen.expand(-1, 1, shared, -1)
-        if self._products:
-            scores = (q @ k.transpose(2, 3)).mul_(size**-0.5 if scale is None else scale)
-            p = (scores if mask is None else scores.add_(mask)).softmax(-1, dtype=torch.float32)
-            return (p.to(v.dtype) @ v).reshape(lines, 1, heads, size)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(lines, 1, heads, size)
-
-    def step(self, lm: PreTrainedModel, token: Tensor, running: Tensor, decoder: FusedDecoder | None) -> Tensor:
-        """Append a token (lines,) to each line and return the next (lines, V) logits: any where none is running."""
-        self.at[~running] = 0  # what is written there is never read
-        at, line = self.at.to(token.device), torch.arange(len(self.at), device=token.device)
-        self.mask[line, at] = 0
-        own = self.at[running]
-        used = int(own.max()) + 1
-        self._reach(used)
-        self._used = self._width if self._products else used
-        even = bool((own == own[0]).all())
-        self._now = (slice(0, len(line)), slice(None), int(own[0])) if even else (line, slice(None), at)
-        self._seen = None if even and used == self._used else self.mask[: len(line), None, None, : self._used]
-        self.at = self.at + 1  # a new tensor: `at` is the old one
-        if decoder is not None:
-            return decoder(token, at, self)
-        hidden = lm.get_decoder()(
-            input_ids=token[:, None], position_ids=at[:, None], attend=self, use_cache=False
-        ).last_hidden_state[:, 0]
-        return lm.get_output_embeddings()(hidden)
-
-    def idle(self, lm: PreTrainedModel, device: torch.device) -> None:
-        """A forward for nothing, through the modules of `join` and `step`: the other ranks gather weights with it."""
-        nothing = torch.zeros(0, dtype=torch.long)
-        layout = build_layout([(0,)], nothing, nothing, nothing).to(device)
-        states = lm.get_decoder()(
-            input_ids=layout.ids[None],
-            position_ids=layout.positions[None],
-            attend=FlatAttention(layout),
-            use_cache=False,
-        )
-        lm.get_output_embeddings()(states.last_hidden_state[0])
-
-    def keep(self, places: Tensor) -> None:
-        """Drop every line but these, in place."""
-        self.at = self.at[places.cpu()]
-        used = int(self.at.max())
-        self.mask = self.mask[places]
-        for store in (self.keys, self.values):
-            for room in store:
-                room[: len(places), :, :used] = room[places, :, :used]
-
-
-class _PlainCache:
-    """transformers' own cache and attention, prompts padded on the left: for every other family. Filled once."""
-
-    def __init__(self, lines: int, columns: int, fused: bool, device: torch.device) -> None:
-        self.mask = torch.zeros(lines, 0)  # (lines, tokens so far) 1 where real
-
-    def join(self, lm: PreTrainedModel, ids: list[tuple[int, ...]], places: Tensor) -> Tensor:
-        """Read prompts, each once however often it is asked for; returns their (lines, V) logits."""
-        device = places.device
-        number = {prompt: n for n, prompt in enumerate(dict.fromkeys(ids))}
-        which = torch.tensor([number[prompt] for prompt in ids], device=device)
-        width = max(map(len, number))
-        tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in number], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in number], device=device)
-        self.cache, self.mask = DynamicCache(config=lm.config), mask[which]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = lm(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
-        )
-        self.cache.batch_select_indices(which)
-        return output.logits[:, -1][which]
-
-    def step(self, lm: PreTrainedModel, token: Tensor, running: Tensor, decoder: None) -> Tensor:
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        output = lm(
-            input_ids=token[:, None],
-            attention_mask=self.mask,
-            position_ids=self.mask.sum(1, keepdim=True) - 1,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.logits[:, -1]
-
-    def idle(self, lm: PreTrainedModel, device: torch.device) -> None:
-        """A forward for nothing, for the other ranks' sake."""
-        lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-
-    def keep(self, places: Tensor) -> None:
-        self.cache.batch_select_indices(places)
-        self.mask = self.mask[places]

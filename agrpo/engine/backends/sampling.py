@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 256  # tokens that are summed up together before one is drawn
+_SLICE_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of the rows that are read together; 1 MiB in float32
 
 
 def uniforms(key: tuple[int, int], streams: Sequence[tuple[int, int]], count: int) -> Tensor:
@@ -46,9 +47,9 @@ def draw(
     Returns:
         (B,) tokens, and (B,) their log-probabilities at the temperature before any filter, nats.
     """
+    if uniform is not None and top_k == 0 and top_p == 1 and min_p == 0 and logits.shape[1] >= _BLOCK:
+        return _draw_by_blocks(logits, uniform, temperature)
     z = logits.float() if temperature == 1 else logits.float() / temperature
-    if uniform is not None and top_k == 0 and top_p == 1 and min_p == 0 and z.shape[1] >= _BLOCK:
-        return _draw_by_blocks(z, uniform)
     norm = z.logsumexp(1)  # (B,)
     if uniform is None:
         token = logits.argmax(1)
@@ -66,29 +67,45 @@ def draw(
     return token, z.gather(1, token[:, None])[:, 0] - norm
 
 
-def _draw_by_blocks(z: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _draw_by_blocks(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The same draw from the whole distribution: first the block of tokens, then the token in it.
 
-    Sums over blocks in place of a cumulative sum over the vocabulary, in float64 where they are summed up.
+    Sums over blocks in place of a cumulative sum over the vocabulary, in float64 where they are summed up; some rows at
+    a time, since on a CPU fresh memory for all of them would cost more than what is computed in it.
     """
-    vocabulary = z.shape[1]
-    most = z.amax(1, keepdim=True)
-    e = (z - most).exp_()  # (B, V)
-    if vocabulary % _BLOCK:
-        e = torch.nn.functional.pad(e, (0, _BLOCK - vocabulary % _BLOCK))
-    blocks = e.unflatten(1, (-1, _BLOCK))  # (B, V/block, block)
-    sums = blocks.sum(2, dtype=torch.float32).double().cumsum(1)
+    vocabulary = logits.shape[1]
+    most = logits.amax(1, keepdim=True).float()
+    size = max(1, _SLICE_LOGITS.get(logits.device.type, 1 << 26) // vocabulary)
+    sums = torch.cat(
+        [_sums(part, top, temperature) for part, top in zip(logits.split(size), most.split(size), strict=True)]
+    ).cumsum(1)  # (B, blocks) float64
     total = sums[:, -1:]
-    point = uniform.to(z.device, torch.float64)[:, None] * total
+    point = uniform.to(logits.device, torch.float64)[:, None] * total
     block = torch.searchsorted(sums, point, right=True).clamp_(max=sums.shape[1] - 1)  # (B, 1)
     point = point - torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0]  # (B, block)
+    member = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)  # (B, block)
+    inside = _unnormalised(logits.gather(1, member.clamp(max=vocabulary - 1)), most, temperature)
+    inside = inside.masked_fill_(member >= vocabulary, 0.0)
     within = inside.double().cumsum(1)
     place = torch.searchsorted(within, point, right=True)  # (B, 1); the size of the block where rounding went past it
-    last = (inside > 0).long().mul(torch.arange(1, _BLOCK + 1, device=z.device)).argmax(1, keepdim=True)
-    place = torch.minimum(place, last)
-    token = block * _BLOCK + place  # (B, 1)
-    return token[:, 0], (z.gather(1, token) - most)[:, 0] - total[:, 0].log().float()
+    last = (inside > 0).long().mul(torch.arange(1, _BLOCK + 1, device=logits.device)).argmax(1, keepdim=True)
+    token = block * _BLOCK + torch.minimum(place, last)  # (B, 1)
+    return token[:, 0], ((logits.gather(1, token) - most) / temperature)[:, 0] - total[:, 0].log().float()
+
+
+def _unnormalised(logits: Tensor, most: Tensor, temperature: float) -> Tensor:
+    """e^((z − m) / T), float32."""
+    z = logits - most
+    return z.exp_() if temperature == 1 else z.div_(temperature).exp_()
+
+
+def _sums(logits: Tensor, most: Tensor, temperature: float) -> Tensor:
+    """(b, V) logits → (b, blocks) float64 sums over each block of tokens."""
+    e = _unnormalised(logits, most, temperature)
+    whole = e.shape[1] // _BLOCK * _BLOCK
+    sums = e[:, :whole].unflatten(1, (-1, _BLOCK)).sum(2)
+    rest = e[:, whole:].sum(1, keepdim=True)
+    return (torch.cat([sums, rest], 1) if whole < e.shape[1] else sums).double()
 
 
 def keep_likely(probability: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:

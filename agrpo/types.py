@@ -113,7 +113,14 @@ class PreferenceGroup:
 
 
 class Reward(Protocol):
-    """TRL's reward signature: one float for each completion, None where this reward abstains."""
+    """TRL's reward signature: one float for each completion, None where this reward abstains.
+
+    A reward that waits for something outside this process may have the attribute `while_sampling`: then it is called
+    with some of a rollout's completions, from another thread, while the rest is still sampled. "prompt" hands over all
+    completions of a prompt together; a number, so many that follow each other. Calls must give what one call of all
+    gives; they never run at the same time. Its `metrics` are added up, and an interrupted run calls its `cancel()`, if
+    it has these.
+    """
 
     def __call__(
         self, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]], **columns: list[Any]
@@ -142,6 +149,14 @@ class Environment(Protocol):
 
     def step(self, said: str) -> Step:
         """Answer a turn, which is given without special tokens."""
+        ...
+
+
+class Ended(Protocol):
+    """Is told of completions that have ended while others are still sampled; sampling waits for it."""
+
+    def __call__(self, places: list[int], ids: list[list[int]], texts: list[str], finished: list[bool]) -> None:
+        """`places` are those in the rollout."""
         ...
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from reward_models.early import Early, Rows
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -45,7 +47,8 @@ class RewardSet:
         entries: of the rewards, or their fields as tuples.
 
     Raises:
-        ValueError: no reward, a weight that is not finite, or a gate that no other reward of the set is.
+        ValueError: no reward, a weight that is not finite, a gate that no other reward of the set is, or a
+            `while_sampling` that says nothing known.
     """
 
     def __init__(self, entries: Sequence[Entry | tuple]) -> None:
@@ -55,6 +58,7 @@ class RewardSet:
         for entry in self.entries:
             if not math.isfinite(entry.weight):
                 raise ValueError(f"the weight of reward {entry.name!r} is {entry.weight}, not a finite number")
+            _check_while_sampling(entry)
             others = [other.name for other in self.entries if other is not entry]
             if entry.gate is not None and entry.gate.reward not in others:
                 raise ValueError(f"the gate of reward {entry.name!r} is {entry.gate.reward!r}, none of {others}")
@@ -63,9 +67,19 @@ class RewardSet:
         self.weights: Tensor = torch.tensor([entry.weight for entry in self.entries], dtype=torch.float32)  # (K,)
         self.errors: Counter[str] = Counter()
         self.first_error: dict[str, str] = {}
+        self._summed: dict[int, dict[str, float]] = {}  # metrics of a reward whose last scores took several calls
         self._count = torch.zeros(len(self.entries), dtype=torch.float64)  # (K,) scores seen
         self._mean = torch.zeros_like(self._count)
         self._square = torch.zeros_like(self._count)  # summed squared distance from the mean
+
+    def begin(self, prompts: Sequence[Text], columns: Mapping[str, Sequence[Any]]) -> Early | None:
+        """For the rewards that can score a rollout's completions as they end; None where no reward of the set can.
+
+        Args:
+            prompts, columns: of the N completions to come; `finished` is not known yet.
+        """
+        waiting = {k: one for k, one in enumerate(self.rewards) if getattr(one, "while_sampling", None)}
+        return Early(waiting, prompts, columns) if waiting else None
 
     def score(
         self,
@@ -73,25 +87,21 @@ class RewardSet:
         completions: Sequence[Text],
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
+        early: Early | None = None,
     ) -> Tensor:
         """(N, K) float32. NaN where a reward abstained, and, counted in `errors`, where it raised or gave no number.
 
         Args:
             columns: one sequence of N values a column, handed to every reward by name.
+            early: what was scored before all were there; it changes no score.
         """
+        rows = Rows(prompts, completions, completion_ids, columns)
         scores = torch.full((len(completions), len(self.names)), math.nan)  # (N, K)
+        self._summed = {}
         for k, (name, reward) in enumerate(zip(self.names, self.rewards, strict=True)):
+            known = None if early is None else early.values(k, rows)
             try:
-                values = list(
-                    reward(
-                        prompts=list(prompts),
-                        completions=list(completions),
-                        completion_ids=[list(ids) for ids in completion_ids],
-                        **{column: list(values) for column, values in columns.items()},  # its own to change
-                    )
-                )
-                if len(values) != len(completions):
-                    raise ValueError(f"{len(values)} scores for {len(completions)} completions")
+                values, self._summed[k] = known or (rows.ask(reward, range(len(completions))), None)
             except Exception:  # a user's reward: it may raise anything, and the other columns still count
                 self._lose(name, len(completions), traceback.format_exc())
                 continue
@@ -136,8 +146,8 @@ class RewardSet:
         """What rewards tell of their last call beside the scores, as `<name>/<key>`: always the same keys."""
         return {
             f"{name}/{key}": float(value)
-            for name, reward in zip(self.names, self.rewards, strict=True)
-            for key, value in getattr(reward, "metrics", {}).items()
+            for k, (name, reward) in enumerate(zip(self.names, self.rewards, strict=True))
+            for key, value in (self._summed.get(k) or getattr(reward, "metrics", {})).items()
         }
 
     def state_dict(self) -> dict[str, list[float]]:
@@ -173,6 +183,14 @@ class RewardSet:
     def _lose(self, name: str, scores: int, reason: str) -> None:
         self.errors[name] += scores
         self.first_error.setdefault(name, reason)
+
+
+def _check_while_sampling(entry: Entry) -> None:
+    how = getattr(entry.reward, "while_sampling", None)
+    if how and how != "prompt" and not (isinstance(how, int) and how > 0):
+        raise ValueError(
+            f"reward {entry.name!r}: while_sampling is {how!r}, neither 'prompt' nor a number of completions"
+        )
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:

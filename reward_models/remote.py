@@ -57,7 +57,8 @@ class RemoteReward:
         reward: which of the server's rewards to take; None for their total, weighted and gated as served.
         token_env: the environment variable with the server's token.
         timeout_s, retries, allow_plain_http: as of `Endpoint`; of each batch.
-        deadline_s: of a call as a whole. Keep it well under the 30 minutes that other ranks wait for this one.
+        deadline_s: of a call as a whole, of which a rollout that is scored while it is sampled takes some. Keep it well
+            under the 30 minutes that other ranks wait for this one.
         batch: completions a request.
 
     `metrics`: of the last call, `retries` and `lost`, the scores that rewards on the server failed to give.
@@ -89,6 +90,7 @@ class RemoteReward:
             allow_plain_http=allow_plain_http,
         )
         self.reward, self.deadline_s, self.batch = reward, deadline_s, batch
+        self.while_sampling = batch  # what is served may see a request as a whole: the requests are the same ones
         self.metrics = {"retries": 0, "lost": 0}
 
     def __call__(

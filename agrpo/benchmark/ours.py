@@ -28,7 +28,9 @@ class _Rewards:
     names = ("benchmark",)
     weights = torch.ones(1)
 
-    def score(self, prompts: Any, completions: Any, completion_ids: Any, columns: Any) -> Tensor:
+    def begin(self, prompts: Any, columns: Any) -> None: ...
+
+    def score(self, prompts: Any, completions: Any, completion_ids: Any, columns: Any, early: None = None) -> Tensor:
         return torch.tensor([[reward_of(ids)] for ids in completion_ids])
 
     def shaped(self, scores: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ from agrpo.config import EngineConfig, RolloutConfig, TrainingConfig
 from agrpo.engine import distributed, zero
 from agrpo.engine.backends.build import build_backend, native_backend
 from agrpo.engine.backends.deepspeed import SELF_TEST_TOKENS, DeepspeedBackend, why_not_sound
-from agrpo.engine.backends.native import Sampling
+from agrpo.engine.backends.native import NativeBackend, Sampling
 from agrpo.engine.backends.remote import RemoteBackend
 from agrpo.engine.fused import fuse_layers
 from agrpo.engine.layout import Layout
 from agrpo.engine.memory import give_back, keep_freed
 from agrpo.engine.modules import Policy, Scorer, cast_weights, causal_lm
 from agrpo.engine.out_of_memory import is_out_of_memory
-from agrpo.types import InputError, Prompt, Rollout, RolloutBackend
+from agrpo.types import Ended, InputError, Prompt, Rollout, RolloutBackend
 
 _ROOM = 0.5  # of the memory that is free at the start: a whole copy at ZeRO-3 may take this share
 _COUNTS = ("weight_version", "skipped_steps", "skipped_in_a_row")  # in the checkpoint
@@ -294,13 +294,18 @@ class HybridEngine:
         sampling: Sampling,
         key: tuple[int, int],
         first: int = 0,
+        ended: Ended | None = None,
     ) -> Rollout:
-        """counts[p] completions of each prompt, sampled from the current weights (`RolloutBackend.generate`)."""
+        """counts[p] completions of each prompt, sampled from the current weights (`RolloutBackend.generate`).
+
+        `ended` is told of completions as they end, by the native sampler alone; of all again where memory ran out.
+        """
         job.enter("generate")
         self.generation_mode()
+        told = {"ended": ended} if ended is not None and isinstance(self._backend, NativeBackend) else {}
         while True:
             try:
-                return self._backend.generate(prompts, counts, sampling, key, first)
+                return self._backend.generate(prompts, counts, sampling, key, first, **told)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not self._backend.shrink():
                     raise

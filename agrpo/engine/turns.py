@@ -22,7 +22,7 @@ from agrpo.data.tokens import encode_heard, rewrites_earlier_turns
 from agrpo.engine import distributed
 from agrpo.engine.backends.native import Sampling
 from agrpo.engine.calls import Failed, call_together
-from agrpo.types import Environment, InputError, Message, Prompt, Rollout, Step
+from agrpo.types import Ended, Environment, InputError, Message, Prompt, Rollout, Step
 
 _TOLD = 3  # failures that are told one by one
 _MOST_HUNG = 8  # threads that never came back, before the run ends: they cost memory and time
@@ -122,9 +122,15 @@ class Conversations:
         return self.samples.weight_version
 
     def generate(
-        self, prompts: Sequence[Prompt], counts: Sequence[int], sampling: Sampling, key: tuple[int, int], first: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        counts: Sequence[int],
+        sampling: Sampling,
+        key: tuple[int, int],
+        first: int = 0,
+        ended: Ended | None = None,
     ) -> Rollout:
-        """counts[p] conversations of each prompt (`RolloutBackend.generate`)."""
+        """counts[p] conversations of each prompt (`RolloutBackend.generate`); `ended` is not told of them."""
         talks = [
             _Conversation(prompt, sample, self.make())
             for prompt, count in zip(prompts, counts, strict=True)

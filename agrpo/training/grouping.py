@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
@@ -18,10 +19,11 @@ from agrpo.engine.backends.native import Sampling
 from agrpo.engine.hybrid import HybridEngine
 from agrpo.training.ahead import Pending, StepAhead, prompts_at
 from agrpo.training.rollouts import join, take, without_silent_prompts
-from agrpo.training.scoring import Scores, score
+from agrpo.training.scoring import Early, Scores, score, scored_early
 from agrpo.types import Prompt, Rollout
 
-Sampled = tuple[Rollout, Tensor, dict[str, float]]  # completions, their (N, K) scores, and metrics
+Sample = Callable[[Sequence[Prompt], Sequence[int], int], tuple[Rollout, Tensor]]  # completions and (N, K) scores
+Sampled = tuple[Rollout, Tensor, dict[str, float]]  # and metrics
 
 
 class Sampler:
@@ -49,17 +51,19 @@ class Sampler:
         self._collect = kinds[config.grouping.kind]
 
     def __call__(self, engine: HybridEngine, step: int) -> Sampled:
-        self._seconds = {"time/generate_s": 0.0, "time/reward_s": 0.0}
+        self._seconds = Counter({"time/generate_s": 0.0, "time/reward_s": 0.0})
 
-        def generate(prompts: Sequence[Prompt], counts: Sequence[int], first: int) -> Rollout:
-            began = perf_counter()
-            rollout = engine.generate(prompts, counts, self._how, (self.config.seed, step), first)
-            self._seconds["time/generate_s"] += perf_counter() - began
-            return rollout
+        def sample(prompts: Sequence[Prompt], counts: Sequence[int], first: int) -> tuple[Rollout, Tensor]:
+            with scored_early(self.rewards, prompts, counts) as early:
+                began = perf_counter()
+                told = {} if early is None else {"ended": early.ended}
+                rollout = engine.generate(prompts, counts, self._how, (self.config.seed, step), first, **told)
+                self._seconds["time/generate_s"] += perf_counter() - began
+                return rollout, self._score(rollout, early)
 
         if self._ahead is not None:
             return self._one_ahead(engine, step)
-        rollout, scores, metrics = self._collect(generate)
+        rollout, scores, metrics = self._collect(sample)
         return rollout, scores, {**metrics, **self._seconds}
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,9 +74,13 @@ class Sampler:
         if self._ahead is not None:
             self._ahead.load_state_dict(state, self.prompts)
 
-    def _score(self, rollout: Rollout) -> Tensor:
+    def _score(self, rollout: Rollout, early: Early | None = None) -> Tensor:
+        if not len(rollout.lengths):
+            return torch.zeros(0, len(self.rewards.names))
         began = perf_counter()
-        scores = score(self.rewards, rollout)
+        if early is not None:
+            self._seconds["time/reward_overlap_s"] += early.stop()
+        scores = score(self.rewards, rollout, early)
         self._seconds["time/reward_s"] += perf_counter() - began
         return scores
 
@@ -81,10 +89,10 @@ class Sampler:
         offset = round_ * self.config.prompts_per_rollout
         return prompts_at(self.prompts, [(offset + slot, i) for slot, i in next(self.stream)])
 
-    def _fixed(self, generate: Callable[..., Rollout]) -> Sampled:
+    def _fixed(self, sample: Sample) -> Sampled:
         asked = self._ask()
-        rollout = generate(asked, [self.config.sampling.num_generations] * len(asked), 0)
-        return rollout, self._score(rollout), {}
+        rollout, scores = sample(asked, [self.config.sampling.num_generations] * len(asked), 0)
+        return rollout, scores, {}
 
     def _one_ahead(self, engine: HybridEngine, step: int) -> Sampled:
         """`_fixed`, sampled while the step before updated: by the weights that that step began with."""
@@ -108,12 +116,11 @@ class Sampler:
         scores = self._score(rollout)
         return rollout, scores, {"agrpo/staleness": float(behind), **self._seconds}
 
-    def _adaptive(self, generate: Callable[..., Rollout]) -> Sampled:
+    def _adaptive(self, sample: Sample) -> Sampled:
         """A pilot for every prompt, then the rest of the budget where the rewards are least certain."""
         grouping, size = self.config.grouping, self.config.sampling.num_generations
         asked = self._ask()
-        pilot = generate(asked, [grouping.least] * len(asked), 0)
-        scores = self._score(pilot)
+        pilot, scores = sample(asked, [grouping.least] * len(asked), 0)
         own = _outcomes(pilot, self.rewards.total(scores))
         parts = distributed.gather_objects((own, [p.slot for p in asked]))
         outcomes = [outcome for part, _ in parts for outcome in part]
@@ -125,14 +132,14 @@ class Sampler:
         more = [of_slot[p.slot] - grouping.least for p in asked]
         metrics = {"agrpo/group_size_min": float(min(counts)), "agrpo/group_size_max": float(max(counts))}
         if not any(more):
-            generate(asked, more, grouping.least)  # nothing; other ranks may need this one's shards
+            sample(asked, more, grouping.least)  # nothing; other ranks may need this one's shards
             return pilot, scores, metrics
         chosen = [p for p, count in zip(asked, more, strict=True) if count]
-        rest = generate(chosen, [count for count in more if count], grouping.least)
+        rest, its = sample(chosen, [count for count in more if count], grouping.least)
         rollout, places = join([pilot, rest])
-        return rollout, torch.cat([scores, self._score(rest)])[places], metrics
+        return rollout, torch.cat([scores, its])[places], metrics
 
-    def _dynamic(self, generate: Callable[..., Rollout]) -> Sampled:
+    def _dynamic(self, sample: Sample) -> Sampled:
         """DAPO: rounds of sampling until enough groups have rewards that differ; the others are thrown away.
 
         After the last round what is missing is filled up with groups that do not, so a step is never empty.
@@ -144,8 +151,9 @@ class Sampler:
         rounds = 0
         while len(mixed) < wanted and rounds < self.config.grouping.max_rounds:
             asked = self._ask(rounds)
-            rollouts.append(generate(asked, [size] * len(asked), 0))
-            scores.append(self._score(rollouts[-1]))
+            rollout, its = sample(asked, [size] * len(asked), 0)
+            rollouts.append(rollout)
+            scores.append(its)
             differ = spread(self.rewards.total(scores[-1]), rollouts[-1].group).tolist()
             own = [p.slot for p, differs in zip(asked, differ, strict=True) if differs]
             mixed += sorted(slot for part in distributed.gather_objects(own) for slot in part)

@@ -23,8 +23,10 @@ class Judge:
 
     __name__ = "judge"
 
-    def __init__(self, chat: Chat) -> None:
-        self.chat = chat
+    def __init__(self, chat: Chat, template: str) -> None:
+        self.chat, self.template = chat, template
+        # Questions that no prompt tells apart may be the same ones for several prompts, and are asked once.
+        self.while_sampling = "prompt" if "prompt" in placeholders(template) else None
         self.usage = Usage()
         self.metrics: dict[str, float] = vars(Usage()).copy()
         self._closed = False
@@ -65,8 +67,8 @@ class ScalarJudge(Judge):
     """A grade from `low` to `high` for each completion, as the judge gives it."""
 
     def __init__(self, chat: Chat, template: str, low: float, high: float) -> None:
-        super().__init__(chat)
-        self.template, self.low, self.high = template, low, high
+        super().__init__(chat, template)
+        self.low, self.high = low, high
 
     def __call__(
         self, prompts: list[Text], completions: list[Text], completion_ids: Any = None, **columns: Any
@@ -98,8 +100,8 @@ class PairwiseJudge(Judge):
     """
 
     def __init__(self, chat: Chat, template: str, rounds: int | None) -> None:
-        super().__init__(chat)
-        self.template, self.rounds = template, rounds
+        super().__init__(chat, template)
+        self.rounds = rounds
 
     def __call__(
         self, prompts: list[Text], completions: list[Text], completion_ids: Any = None, **columns: Any

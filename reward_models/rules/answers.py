@@ -78,6 +78,9 @@ def accuracy(
     return scores
 
 
+accuracy.while_sampling = "prompt"  # what is not a plain number waits for the verifier pool
+
+
 def read_solution(solution: Any) -> Answer | None:
     """The reference answer, read; None where there is none. What only math-verify can read is not tried here."""
     if solution is None:

@@ -58,6 +58,8 @@ class code:
         RewardError: not enabled, a limit out of range, or this machine cannot isolate; the message says what to do.
     """
 
+    while_sampling = "prompt"
+
     def __init__(
         self,
         *,
@@ -108,6 +110,10 @@ class code:
         unique = list(dict.fromkeys(job for job in jobs if job[1]))  # a group repeats itself
         scores = dict(zip(unique, self._sandbox.map(self._score, unique), strict=True))
         return [scores.get(job) for job in jobs]
+
+    def cancel(self) -> None:
+        """End the call that another thread is in: it raises there."""
+        self._sandbox.cancel()
 
     def _score(self, room: Room, job: tuple[str, Tests]) -> float:
         source, tests = job

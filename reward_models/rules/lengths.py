@@ -79,6 +79,9 @@ def cosine(
     return scores
 
 
+cosine.while_sampling = accuracy.while_sampling
+
+
 def _lengths(completion_ids: Ids, rule: str) -> list[int]:
     if completion_ids is None:
         raise ValueError(f"{rule} counts tokens: it needs completion_ids")

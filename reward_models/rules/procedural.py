@@ -44,6 +44,9 @@ def reasoning_gym(
     return [_score(next(results)) if e is not None else None for e in entries]
 
 
+reasoning_gym.while_sampling = "prompt"
+
+
 def _entry(row: Any) -> str | None:
     """The entry as JSON text, None where it is not an entry."""
     try:

@@ -28,6 +28,7 @@ class Sandbox:
         self.workers, self.limits = workers, limits or Limits()
         self.errors = 0
         self.last_error = ""
+        self._under_way: list[tuple[deque, threading.Event]] = []
 
     def map(self, job: Callable[[Room, Item], Result], items: Sequence[Item]) -> list[Result | None]:
         """`job(room, item)` for every item, in threads of this process; results in order.
@@ -36,6 +37,7 @@ class Sandbox:
 
         Raises:
             SandboxError: no process started at all.
+            Cancelled: by `cancel`.
             Exception: what a job raised.
         """
         queue = deque(enumerate(items))
@@ -52,6 +54,7 @@ class Sandbox:
                         return
                     results[index] = self._run(job, room, item, not_started)
 
+        self._under_way.append((queue, cancelled))
         with ThreadPoolExecutor(self.workers) as executor:
             served = [executor.submit(serve) for _ in range(min(self.workers, len(items)))]
             try:
@@ -61,9 +64,17 @@ class Sandbox:
                 queue.clear()
                 cancelled.set()
                 raise
+            finally:
+                self._under_way.remove((queue, cancelled))
         if items and len(not_started) == len(items):
             raise not_started[0]
         return results
+
+    def cancel(self) -> None:
+        """End what other threads have under way here, within a moment."""
+        for queue, cancelled in list(self._under_way):
+            queue.clear()
+            cancelled.set()
 
     def _run(self, job: Callable, room: Room, item: object, not_started: list[SandboxError]) -> object:
         try:

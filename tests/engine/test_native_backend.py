@@ -114,6 +114,28 @@ def test_filters_keep_the_likeliest_and_ties_together(logits, top_k, top_p, min_
     assert torch.equal(kept, z[0] >= least)
 
 
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_completions_are_told_of_as_they_end_each_once_and_as_they_come_out(family):
+    _, backend = sampler(family, stop=range(1, 12), max_sequences=5)
+    prompts = prompts_of(ragged(5, prompts=(3, 17, 1), groups=((1,),))[0])
+    told, read = {}, []
+
+    def ended(places, ids, texts, finished):
+        assert not told.keys() & set(places)
+        told.update(zip(places, zip(ids, texts, finished, strict=True), strict=True))
+        read.append(set(places))
+
+    for sampling in (Sampling(20, temperature=3.0), Sampling(20, temperature=3.0, stop=("t5",)), Sampling(1)):
+        rollout = backend.generate(prompts, [4, 1, 6], sampling, (7, 5), ended=ended)
+        ids = [t.tolist() for t in rollout.tokens.split(rollout.lengths.tolist())]
+        assert [told[n] for n in range(11)] == list(zip(ids, rollout.texts, rollout.finished.tolist(), strict=True))
+        assert len(told) == 11 and len(read) > 1
+        plain = backend.generate(prompts, [4, 1, 6], sampling, (7, 5))
+        assert plain.tokens.tolist() == rollout.tokens.tolist() and plain.texts == rollout.texts
+        told.clear(), read.clear()
+    assert len(backend.generate(prompts, [0, 0, 0], Sampling(4), (7, 5), ended=ended).lengths) == 0 and not told
+
+
 def test_waiting_completions_take_the_lines_of_those_that_ended():
     _, backend = sampler("llama-tied", stop=range(1, 12), max_sequences=4)
     steps = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from agrpo.engine.backends.caches import FlatCache, PlainCache, SharedCache
 from agrpo.engine.backends.decoder import FusedDecoder, can_fuse
 from agrpo.engine.backends.sampling import draw, uniforms
 from agrpo.engine.backends.stopping import StopStrings
-from agrpo.types import Prompt, Rollout
+from agrpo.types import Ended, Prompt, Rollout
 
 _COMPACT_AT = 0.75  # lines that have ended are dropped when fewer than this share of the lines still run
 _REFILL_AT = 0.25  # waiting completions take the lines that have ended once these are this share
+
+_Tell = Callable[[list[int], list[list[int]], list[bool]], None]  # places, tokens and finished of those that ended
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,12 @@ class NativeBackend:
         sampling: Sampling,
         key: tuple[int, int],
         first: int = 0,
+        ended: Ended | None = None,
     ) -> Rollout:
-        """Sample counts[p] completions of prompt p, its samples first, first + 1, …; `key` is (seed, step)."""
+        """Sample counts[p] completions of prompt p, its samples first, first + 1, …; `key` is (seed, step).
+
+        `ended` is told of completions as they end.
+        """
         device = self.lm.get_input_embeddings().weight.device
         group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts, dtype=torch.long))  # (N,)
         streams = [
@@ -108,8 +115,16 @@ class NativeBackend:
         if self.in_step:
             more = distributed.max_over_ranks(len(batches)) - len(batches)
             batches = [*batches, *[torch.zeros(0, dtype=torch.long)] * more]
+
+        def tell(rows: Tensor, places: list[int], ids: list[list[int]], finished: list[bool]) -> None:
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            ended(rows[places].tolist(), ids, texts, finished)
+
         parts = [
-            self._decode(prompts, group[r], None if random is None else random[r], sampling, device) for r in batches
+            self._decode(
+                prompts, group[r], None if random is None else random[r], sampling, device, ended and partial(tell, r)
+            )
+            for r in batches
         ]
         tokens, logp, lengths, finished = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
         texts = self.tokenizer.batch_decode(
@@ -127,14 +142,20 @@ class NativeBackend:
         )
 
     def _decode(
-        self, prompts: Sequence[Prompt], group: Tensor, random: Tensor | None, sampling: Sampling, device: torch.device
+        self,
+        prompts: Sequence[Prompt],
+        group: Tensor,
+        random: Tensor | None,
+        sampling: Sampling,
+        device: torch.device,
+        tell: _Tell | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens (C,), log-probabilities (C,), lengths (N,) and finished (N,) of some completions.
 
         A line of the batch holds one completion after another: those that wait take the lines of those that ended.
         """
         ids = [prompts[p].ids for p in group.tolist()]
-        completions = _Completions(len(ids), random, sampling, self.stop.to(device), self.tokenizer, device)
+        completions = _Completions(len(ids), random, sampling, self.stop.to(device), self.tokenizer, device, tell)
         lines = min(len(ids), self.max_sequences)
         longest = max(map(len, ids), default=0)
         cache = self._cache(device)(lines, longest, sampling.max_completion_length, device)
@@ -193,8 +214,9 @@ class _Completions:
         stop: Tensor,
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
+        tell: _Tell | None,
     ) -> None:
-        self.random, self.sampling, self.stop, self.device = random, sampling, stop, device
+        self.random, self.sampling, self.stop, self.device, self.tell = random, sampling, stop, device, tell
         self.tokens = torch.zeros(rows, sampling.max_completion_length, dtype=torch.long, device=device)
         self.logp = torch.zeros(rows, sampling.max_completion_length, device=device)
         self.length = torch.zeros(rows, dtype=torch.long)
@@ -212,7 +234,11 @@ class _Completions:
         if self.strings is not None:
             ended |= torch.tensor(self.strings.ended(row.tolist(), token.tolist()))
         self.length[row], self.finished[row] = at + 1, ended
-        return token, ~ended & (at + 1 < how.max_completion_length)
+        goes_on = ~ended & (at + 1 < how.max_completion_length)
+        if self.tell is not None and len(over := row[~goes_on].tolist()):
+            ids = [self.tokens[n, : self.length[n]].tolist() for n in over]
+            self.tell(over, ids, self.finished[over].tolist())
+        return token, goes_on
 
     def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         real = (torch.arange(self.tokens.shape[1]) < self.length[:, None]).to(self.device)

@@ -63,11 +63,28 @@ def test_a_contestant_that_cannot_run_is_reported_with_its_reason(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["step", "--steps=1", "--peer=none"], ["step", "--ranks=2"], ["parts", "--only=nothing"]]
+    "arguments",
+    [
+        ["step", "--steps=1", "--peer=none"],
+        ["step", "--ranks=2"],
+        ["parts", "--only=nothing"],
+        ["growth", "--axis", "prompt", "group", "--points=4"],
+    ],
 )
 def test_wrong_options_end_with_2(arguments, capsys):
     assert main(arguments) == 2
     assert "--" in capsys.readouterr().err
+
+
+def test_growth_has_the_points_of_every_axis(model, tmp_path):
+    sizes = ["--prompts=2", "--group=2", "--prompt-tokens=5", "--completion-tokens=6", "--steps=2", "--threads=1"]
+    told, picture = tmp_path / "growth.json", tmp_path / "growth.png"
+    command = ["growth", "--axis", "layers", f"--model={model}", "--points=1,3", f"--json={told}", f"--plot={picture}"]
+    assert main([*command, *sizes]) == 0
+    axes = json.loads(told.read_text())["axes"]
+    assert [(one["axis"], [row["value"] for row in one["points"]]) for one in axes] == [("layers", [1, 3])]
+    assert all(row["update_s"] > 0 and row["generation_s"] > 0 for row in axes[0]["points"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_ratios_are_the_peers_over_ours():

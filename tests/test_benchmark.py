@@ -1,5 +1,6 @@
 """`agrpo benchmark`: what it promises to write, and that both contestants do the work that they are timed for."""
 
+import io
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from tiny import FAMILIES, tokenizer
 
 from agrpo.benchmark.command import main
 from agrpo.benchmark.step import compete, ratios
-from agrpo.benchmark.work import PHASES, UPDATE, Clock, Shape, Work
+from agrpo.benchmark.work import PHASES, UPDATE, Clock, Shape, Turns, Work
 from agrpo.engine.layout import build_layout
 from agrpo.engine.modules import Policy
 
@@ -98,6 +99,19 @@ def test_growth_has_the_points_of_every_axis(model, tmp_path):
 def test_ratios_are_the_peers_over_ours():
     keys = ("step_first_s", "step_s", "update_s", "generation_s", "peak_memory_bytes")
     assert set(ratios(dict.fromkeys(keys, 2.0), dict.fromkeys(keys, 6.0)).values()) == {3.0}
+
+
+def test_who_is_done_waits_until_the_referee_hangs_up(monkeypatch, capsys):
+    """What comes behind a library's loop would run beside the other's last step."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\ngo\n"))
+    turns = Turns(2, Clock())
+    turns.wait()
+    turns.done()
+    turns.wait()
+    with pytest.raises(SystemExit):
+        turns.done()
+    assert capsys.readouterr().out.count('"kind": "step"') == 2
 
 
 def test_a_phase_inside_another_counts_once():

@@ -163,13 +163,22 @@ def require_offload(engine: EngineConfig) -> None:
 
 
 def about_offload(engine: EngineConfig) -> list[str]:
-    """Notes before an offload's first use, in which DeepSpeed compiles its I/O without a word."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    if engine.offload != "nvme" or any(root.rglob("async_io.so")):
+    """Notes before an offload whose I/O DeepSpeed compiles without a word, or waits for."""
+    if engine.offload != "nvme":
         return []
-    lock = next(root.rglob("async_io/lock"), None)
-    waits = "" if lock is None else f"; {lock} says that another process does: if none is left, remove that file"
-    return [f"engine.offload: nvme: DeepSpeed compiles its asynchronous I/O first, once, which takes minutes{waits}"]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    lock = next((lock for name in ("async_io", "pin_memory") for lock in root.rglob(f"{name}/lock")), None)
+    if lock is not None:
+        return [
+            f"engine.offload: nvme: DeepSpeed will wait for another process, which compiles its I/O as {lock} says:"
+            " if none is left, remove that file"
+        ]
+    here = str(Path(deepspeed.__file__).parent)  # what another installation has compiled is compiled again
+    if any(
+        here in rules.read_text() and (rules.parent / "async_io.so").exists() for rules in root.rglob("build.ninja")
+    ):
+        return []
+    return ["engine.offload: nvme: DeepSpeed compiles its asynchronous I/O first, once, which takes minutes"]
 
 
 def require_dtype(dtype: str) -> None:

@@ -5,13 +5,13 @@ import importlib.util
 import subprocess
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from stage_runs import ROOT, command, environment, tiny, tiny_policy
 from tiny import FAMILIES, engine_of, ragged
-from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from agrpo.config import EngineConfig, LoraConfig, ModelConfig, load_config
@@ -25,7 +25,7 @@ from agrpo.yaml_input import ConfigError
 
 HAS_ASYNC_IO = AsyncIOBuilder().is_compatible(verbose=False)
 # Built at first use, which takes minutes: deepspeed.ops.op_builder.AsyncIOBuilder().load()
-IS_BUILT = any(Path(get_default_build_root()).rglob("async_io.so"))
+IS_BUILT = zero.about_offload(EngineConfig(offload="nvme", zero_stage=3, offload_path="x")) == []
 HAS_FLOAT16 = get_accelerator().is_fp16_supported()
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 LORA = ModelConfig(name_or_path="x", lora=LoraConfig(rank=4, alpha=8.0))
@@ -105,13 +105,17 @@ def test_the_first_use_of_nvme_says_that_it_compiles_and_what_a_killed_build_has
     nvme = EngineConfig(offload="nvme", zero_stage=3, offload_path=tmp_path)
     (said,) = zero.about_offload(nvme)
     assert said.endswith("which takes minutes") and zero.about_offload(EngineConfig()) == []
-    built = tmp_path / "py311_cpu" / "async_io"
-    built.mkdir(parents=True)
-    (built / "lock").touch()
-    (said,) = zero.about_offload(nvme)
-    assert f"{built / 'lock'} says that another process does: if none is left, remove that file" in said
-    (built / "async_io.so").touch()
+    built, beside = tmp_path / "py311_cpu" / "async_io", tmp_path / "py311_cpu" / "pin_memory"
+    for folder in (built, beside):
+        folder.mkdir(parents=True)
+    for name in ("/opt/other/site-packages/deepspeed", str(Path(deepspeed.__file__).parent)):
+        assert zero.about_offload(nvme) == [said]
+        (built / "async_io.so").touch()
+        (built / "build.ninja").write_text(f"cflags = -I{name}/ops/csrc/aio/py_lib")
     assert zero.about_offload(nvme) == []
+    (beside / "lock").touch()
+    (waits,) = zero.about_offload(nvme)
+    assert f"as {beside / 'lock'} says: if none is left, remove that file" in waits
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,14 @@ def processes() -> int:
     return max(1, sum(line.startswith("GPU ") for line in listed.splitlines()))
 
 
+def use_huge_pages() -> None:
+    """Have PyTorch ask Linux for huge pages for tensors of 2 MiB and more, unless the environment says otherwise.
+
+    PyTorch reads this at its first tensor, which importing a model's library may make.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def main(argv: list[str] | None = None, check: Callable[[list[str]], object] | None = None) -> int:
     """Run a script in as many processes as the environment asks for.
 
@@ -65,6 +73,7 @@ def main(argv: list[str] | None = None, check: Callable[[list[str]], object] | N
         argv: the script and its arguments.
         check: of the arguments before anything starts; exits when they are wrong. By default as a stage's are.
     """
+    use_huge_pages()
     script, *arguments = sys.argv[1:] if argv is None else argv
     saves = stage_of(Path(script)) in _SAVING
     if saves:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from stage_runs import ROOT, environment
@@ -177,3 +178,27 @@ def test_the_number_of_processes_that_is_asked_for_comes_first(monkeypatch):
     monkeypatch.setenv("NPROC", "2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert processes() == 2
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+ALLOCATES = """
+import torch
+tensor = torch.ones(1 << 24)  # 64 MiB
+[line] = [line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")]
+print(line.split()[1])
+"""
+
+
+@pytest.mark.skipif(
+    not HUGE.exists() or "[madvise]" not in HUGE.read_text(), reason="Linux gives huge pages to none or to all"
+)
+@pytest.mark.parametrize("own", [None, "0"])
+def test_large_tensors_of_a_stage_lie_on_huge_pages_unless_the_environment_says_otherwise(own, tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(ALLOCATES)
+    start = f"from agrpo.launch import main; raise SystemExit(main([{str(script)!r}], check=lambda arguments: None))"
+    env = {name: value for name, value in environment().items() if name != "THP_MEM_ALLOC_ENABLE"}
+    if own is not None:
+        env["THP_MEM_ALLOC_ENABLE"] = own
+    done = subprocess.run([sys.executable, "-c", start], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert (int(done.stdout.split()[-1]) > 32 << 10) == (own is None)  # KiB

@@ -6,10 +6,13 @@ import json
 import sys
 
 from agrpo.benchmark.work import Work
+from agrpo.launch import use_huge_pages
 
 
 def main() -> None:
     name, work, options = sys.argv[1], Work(**json.loads(sys.argv[2])), json.loads(sys.argv[3])
+    if name == "ours":
+        use_huge_pages()  # as the launcher does
     import torch
 
     torch.set_num_threads(work.threads)

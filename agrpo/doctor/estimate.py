@@ -149,7 +149,7 @@ def parts(s: Setting) -> dict[str, int]:
             "float32 master weights": memory.master(t, s.zero, s.world),
             "Adam's moments": memory.adam(t, s.zero, s.world),
             "gradients": memory.gradients(t, b, s.zero, s.world),
-            "reduction buffer": memory.bucket(t, b, s.zero),
+            "reduction buffer": memory.bucket(t, b, s.zero, s.cuda),
             "reference": b * p if s.reference else 0,
             "whole copy of ZeRO-3": b * p if s.zero == 3 and not s.layerwise else 0,
             "activations": memory.activations(s.shape, s.batch, b, s.checkpointing),

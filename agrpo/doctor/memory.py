@@ -84,9 +84,9 @@ def gradients(t: int, b: int, zero: int, world: int) -> int:
     return own + (4 * t // world if zero == 3 or (zero and b < 4) else 0)
 
 
-def bucket(t: int, b: int, zero: int) -> int:
-    """DeepSpeed's reduction buffer, from ZeRO 1 on: of all gradients, up to its limit."""
-    return (4 if zero == 1 else b) * min(BUCKET, t) if zero else 0
+def bucket(t: int, b: int, zero: int, cuda: bool = False) -> int:
+    """DeepSpeed's reduction buffer, from ZeRO 1 on: of all gradients, up to its limit. On a CPU from ZeRO 2 on."""
+    return b * min(BUCKET, t) if zero > (not cuda) else 0
 
 
 def activations(shape: Shape, batch: Batch, b: int, checkpointing: bool) -> int:

@@ -36,6 +36,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _GROUPS, _GROUP = 32, 1 << 22  # that the optimiser steps one after the other, and the numbers of the least
+_CPU_BUCKET = 1 << 20  # numbers: the matrices of most models then go alone, uncopied
 BUCKET = 50_000_000  # numbers of one reduction at most: its buffer, allocated whole, would else be ten times that
 
 
@@ -134,6 +135,9 @@ def _config(module: nn.Module, engine: EngineConfig, training: TrainingConfig, d
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
+    if engine.zero_stage == 1 and deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        # Gradients stay where they are made: copied side by side they would cost two passes over fresh pages.
+        zero |= {"contiguous_gradients": False, "reduce_bucket_size": min(bucket, _CPU_BUCKET)}
     if engine.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = engine.param_persistence_threshold
     if engine.offload == "cpu":

@@ -65,18 +65,28 @@ def use_flat_attention(lm: PreTrainedModel) -> None:
 
 
 class _MoveRows(torch.autograd.Function):
-    """out[to[i]] = rows[of[i]], zero elsewhere, for indices without repeats: gather and scatter both ways."""
+    """out[to[i]] = rows[of[i]], zero elsewhere, for indices without repeats: gather and scatter both ways.
+
+    None instead of indices: all, in order.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, of: Tensor, to: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(of, to)
-        ctx.size = rows.shape[0]
-        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, to, rows.index_select(0, of))
+    def forward(ctx: Any, rows: Tensor, of: Tensor | None, to: Tensor | None, size: int) -> Tensor:
+        ctx.indices, ctx.size = (of, to), len(rows)
+        return _moved(rows, of, to, size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        of, to = ctx.saved_tensors
-        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, of, grad.index_select(0, to)), None, None, None
+        of, to = ctx.indices
+        return _moved(grad, to, of, ctx.size), None, None, None
+
+
+def _moved(rows: Tensor, of: Tensor | None, to: Tensor | None, size: int) -> Tensor:
+    picked = rows if of is None else rows.index_select(0, of)
+    if to is None:
+        return picked
+    shape = (size, *rows.shape[1:])
+    return (rows.new_empty(shape) if len(to) == size else rows.new_zeros(shape)).index_copy_(0, to, picked)
 
 
 class FlatAttention:
@@ -90,7 +100,6 @@ class FlatAttention:
         self.layout, self.fast = layout, fast
         self.stored: list[tuple[Tensor, Tensor]] | None = [] if store else None
         self._order = torch.cat([block.places for block in layout.blocks])  # (S,) places in the order of the blocks
-        self._all = torch.arange(len(self._order), device=self._order.device)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """query (1, heads, S, D), key and value (1, key heads, S, D) → (1, S, heads, D)."""
@@ -98,27 +107,23 @@ class FlatAttention:
         if self.stored is not None:
             self.stored.append((k, v))
         parts = [self._block(block, q, k, v, scale) for block in self.layout.blocks]
-        return _MoveRows.apply(torch.cat(parts), self._all, self._order, len(q))[None]
+        return _MoveRows.apply(torch.cat(parts), None, self._order, len(q))[None]
 
     def _block(self, block: Block, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """Attention of one block → (R, heads, D), its real tokens in the order of `block.places`."""
-        size = block.rows * block.width
 
         def own(x: Tensor) -> Tensor:  # (rows, width, heads, D)
-            return _MoveRows.apply(x, block.places, block.slots, size).unflatten(0, (block.rows, block.width))
+            return _in_rows(x, block.places, block.slots, block.rows, block.width)
 
         def keys(x: Tensor) -> Tensor:  # (rows, prompt width + width, heads, D)
             if block.prompt_rows == 0:
                 return own(x)
-            shape = (block.prompt_rows, block.prompt_width)
-            prompt = _MoveRows.apply(x, block.prompt_places, block.prompt_slots, shape[0] * shape[1]).unflatten(
-                0, shape
-            )
+            prompt = _in_rows(x, block.prompt_places, block.prompt_slots, block.prompt_rows, block.prompt_width)
             return torch.cat([prompt.index_select(0, block.prompt_of_row), own(x)], 1)
 
         query, key, value = own(q), keys(k), keys(v)
         if self.fast and is_short(query, key):
-            return short_attention(query, key, value, block.mask, scale).flatten(0, 1).index_select(0, block.slots)
+            return _out_of_rows(short_attention(query, key, value, block.mask, scale), block.slots)
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -128,4 +133,16 @@ class FlatAttention:
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (rows, heads, width, D)
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, block.slots)
+        return _out_of_rows(out.transpose(1, 2), block.slots)
+
+
+def _in_rows(x: Tensor, places: Tensor, slots: Tensor, rows: int, width: int) -> Tensor:
+    """(S, heads, D) → (rows, width, heads, D), zeros where no token stands."""
+    to = None if len(slots) == rows * width else slots  # rows that are full have their slots in order
+    return _MoveRows.apply(x, places, to, rows * width).unflatten(0, (rows, width))
+
+
+def _out_of_rows(x: Tensor, slots: Tensor) -> Tensor:
+    """(rows, width, heads, D) → (R, heads, D), the real tokens."""
+    x = x.flatten(0, 1)
+    return x if len(slots) == len(x) else x.index_select(0, slots)

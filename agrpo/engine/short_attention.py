@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _ROW_SCORES = 1 << 20  # scores of one row over all heads up to which this is the faster way
-_SLAB_SCORES = 1 << 19  # scores that exist at once; 2 MiB in float32
+_SLAB_SCORES = 1 << 20  # scores that exist at once; 4 MiB in float32
 
 
 def is_short(query: Tensor, key: Tensor) -> bool:

@@ -27,6 +27,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.rollout import HybridEngineRollout, RolloutRequest, SamplingConfig
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_set_full_fp32_param
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -36,6 +37,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _GROUPS, _GROUP = 32, 1 << 22  # that the optimiser steps one after the other, and the numbers of the least
+_NORM_PART = 1 << 20  # numbers of a gradient that stand in float64 at once
 _CPU_BUCKET = 1 << 20  # numbers: the matrices of most models then go alone, uncopied
 BUCKET = 50_000_000  # numbers of one reduction at most: its buffer, allocated whole, would else be ten times that
 
@@ -49,7 +51,21 @@ def initialize(
         config["hybrid_engine"] = {"enabled": True, "max_out_tokens": kernel_tokens}
     optimizer = _optimizer(module, training, engine.zero_stage)
     made, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if isinstance(made.optimizer, DeepSpeedZeroOptimizer):
+        _norm_by_parts(made.optimizer)
     return made
+
+
+def _norm_by_parts(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """DeepSpeed copies each gradient to float64 for its norm, four times an embedding's bytes: have it take parts."""
+    norm = optimizer.get_grad_norm_direct
+
+    def by_parts(gradients: Iterable[Tensor], params: Iterable[nn.Parameter], norm_type: float = 2) -> Tensor:
+        real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+        pairs = [(part, p) for g, p in zip(real, params, strict=False) for part in g.flatten().split(_NORM_PART)]
+        return norm([part for part, _ in pairs], [p for _, p in pairs], norm_type)
+
+    optimizer.get_grad_norm_direct = by_parts
 
 
 def keep_files_in_memory(made: Any) -> StateFiles:

@@ -15,7 +15,23 @@ from agrpo.types import Rollout
 
 
 def micro_batches(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut items into runs of at most `budget` tokens, in order; an item above the budget stands alone."""
+    """Cut items, in order, into as few runs of at most `budget` tokens as can be, and of these the largest least.
+
+    An item above the budget stands alone.
+    """
+    batches = _runs(costs, budget)
+    least, most = max(costs, default=0), budget
+    while least < most:  # a smaller budget that takes as many runs holds less at once
+        middle = (least + most) // 2
+        tried = _runs(costs, middle)
+        if len(tried) == len(batches):
+            batches, most = tried, middle
+        else:
+            least = middle + 1
+    return batches
+
+
+def _runs(costs: Sequence[int], budget: int) -> list[list[int]]:
     batches: list[list[int]] = []
     room = 0
     for item, cost in enumerate(costs):

@@ -184,6 +184,19 @@ def test_an_optimiser_that_steps_group_by_group_steps_as_one(zero_stage, monkeyp
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_norm_of_parts_is_that_of_the_whole(zero_stage, dtype, monkeypatch):
+    monkeypatch.setattr(zero, "_NORM_PART", 7)
+    taken = []
+    for norm in (zero._norm_by_parts, lambda optimizer: None):
+        monkeypatch.setattr(zero, "_norm_by_parts", norm)
+        engine = engine_of(model(), zero_stage, dtype)
+        engine.backward(-engine.forward(build_layout(*ragged(1)))[0].mean(), True)
+        taken.append(engine.step(1e-2))
+    assert taken[0] == pytest.approx(taken[1], rel=1e-6)
+
+
 def held(at_least):
     """Bytes of all large tensors alive, each storage once."""
     gc.collect()

@@ -86,7 +86,7 @@ def gradients(t: int, b: int, zero: int, world: int) -> int:
 
 def bucket(t: int, b: int, zero: int, cuda: bool = False) -> int:
     """DeepSpeed's reduction buffer, from ZeRO 1 on: of all gradients, up to its limit. On a CPU from ZeRO 2 on."""
-    return b * min(BUCKET, t) if zero > (not cuda) else 0
+    return b * min(BUCKET, t) if zero >= (1 if cuda else 2) else 0
 
 
 def activations(shape: Shape, batch: Batch, b: int, checkpointing: bool) -> int:

@@ -57,6 +57,5 @@ def test_what_is_freed_serves_again_unless_the_environment_says_how(variable):
     done = subprocess.run([sys.executable, "-c", KEEPS], capture_output=True, text=True, check=True, env=own)
     first, told, then = done.stdout.split()
     assert told == str(variable is None)
-    assert (int(then) <= int(first) / 4) == (
-        variable is None
-    )  # a block that something small has since entered is fresh once
+    # Something small may have entered a freed block, which costs fresh pages once.
+    assert (int(then) <= int(first) / 4) == (variable is None)
